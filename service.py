@@ -63,11 +63,13 @@ from structlog.stdlib import ProcessorFormatter
 from structlog.types import EventDict, Processor, WrappedLogger
 
 VERSION = "1.0.0"
+JSON, PROBLEM, SSE = "application/json", "application/problem+json", "text/event-stream"
 CDN = "https://cdn.jsdelivr.net/npm"
 KEY_SHAPED = re.compile(r"(?<![A-Za-z0-9])sk-[\w*.-]+|\b(?i:bearer)\s+[^\s\"',]+")
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 Fields = Mapping[str, str] | None
+Schema = dict[str, Any]
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
@@ -354,7 +356,7 @@ async def on_error(request: Request | None, exc: Exception) -> Response:
         code = "method_not_allowed" if exc.status_code == 405 else "not_found"
         failure = Failure(code, headers=exc.headers)
     body = failure.problem(get_contextvars()["request_id"])
-    return reply(body, failure.status_code, failure.headers, "problem+json")
+    return reply(body, failure.status_code, failure.headers, PROBLEM)
 
 
 class RequestContext:
@@ -471,7 +473,7 @@ def validated(model: type[M], values: Mapping[str, object]) -> M:
 async def read_json(request: Request[Any], limit: int) -> dict[str, object]:
     """The JSON object of at most *limit* bytes in the body; raises 400, 413 or 415."""
     media_type = request.headers.get("content-type", "").partition(";")[0]
-    if media_type.strip().lower() != "application/json":
+    if media_type.strip().lower() != JSON:
         raise Failure("unsupported_media_type")
     if int(request.headers.get("content-length", 0)) > limit:
         raise Failure("body_too_large")
@@ -621,7 +623,7 @@ class Upstream:
         log.warning("model refuses a field", model=self.model, field=refused, instead=instead)
 
     async def complete(self, body: dict[str, object]) -> AsyncStream[object]:
-        """POST /chat/completions, up to the headers of a 200; raises a Failure for anything else."""
+        """POST /chat/completions, up to the headers of a 200; all else is a Failure."""
         path, stream = "/chat/completions", AsyncStream[object]
         return await self._answered(
             self.client.post(path, cast_to=object, body=body, stream=True, stream_cls=stream)
@@ -667,7 +669,7 @@ def delta(text: str) -> bytes:
 
 
 class Decoder:
-    """The data of Server-Sent Events, read from bytes that are split anywhere (WHATWG HTML, 9.2)."""
+    """The data of Server-Sent Events, from bytes that are split anywhere (WHATWG HTML, 9.2)."""
 
     def __init__(self) -> None:
         utf8_decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -691,7 +693,7 @@ class Decoder:
 
 
 def said(part: Literal["delta", "message"], data: str, facts: dict[str, object]) -> str:
-    """The text in a chunk (its `delta`) or a whole answer (its `message`); the rest into *facts*."""
+    """The text in a chunk (`delta`) or a whole answer (`message`); *facts* takes the rest."""
     try:
         chunk = json.loads(data)
         if chunk.get("error") or (part == "message" and not chunk["choices"][0][part]):
@@ -740,9 +742,9 @@ class Answer(StreamingResponse):
         self.parts = self.relay() if ask.stream else self.collect()
         headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
         if ask.stream:
-            super().__init__(self.parts, headers=headers, media_type="text/event-stream")
+            super().__init__(self.parts, headers=headers, media_type=SSE)
         else:
-            super().__init__(self.parts, media_type="application/json")
+            super().__init__(self.parts, media_type=JSON)
         self.ask = ask
         self.settings = state["settings"]
         self.upstream = state["upstream"]
@@ -993,7 +995,7 @@ async def demo_completion(request: Request) -> Response:
     usage = {"prompt_tokens": asked, "completion_tokens": len(words)}
     usage["total_tokens"] = asked + len(words)
     if body["stream"]:
-        return StreamingResponse(demo_chunks(words, reason, usage), media_type="text/event-stream")
+        return StreamingResponse(demo_chunks(words, reason, usage), media_type=SSE)
     message = {"role": "assistant", "content": "".join(words)}
     choice = {"index": 0, "message": message, "finish_reason": reason}
     return reply({"model": "demo", "choices": [choice], "usage": usage})
@@ -1026,202 +1028,127 @@ async def serve_demo() -> AsyncIterator[str]:
             each.close()
 
 
-def schema(about: str, *optional: str, **properties: object) -> dict[str, object]:
+def schema(about: str, *optional: str, **properties: object) -> Schema:
     """The JSON Schema of an object; its *properties* are required, but for the *optional* ones."""
     required = [name for name in properties if name not in optional]
     kind = {"type": "object", "description": about}
     return {**kind, "properties": properties, "required": required}
 
 
-def schemas() -> dict[str, Any]:
+def ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def schemas() -> Schema:
     """What goes over the wire: requests as they are validated, the rest as it is written."""
-    asked = Ask.model_json_schema(ref_template="#/components/schemas/{model}")
-    text, whole, flag = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
-    codes = {"code": {"enum": list(ERRORS)}, "request_id": text}
-    codes["status"] = {"enum": sorted({status for status, _ in ERRORS.values()})}
-    ending = {
-        "finish_reason": {"type": ["string", "null"], "examples": ["stop", "length"]},
-        "tokens_used": {"type": ["integer", "null"], "description": "The prompt's included."},
-        "model": text,
-        "ignored": {"type": "array", "items": text, "description": "Fields the model refuses."},
-    }
-    piece = {"type": {"const": "delta"}, "content": {"type": "string", "minLength": 1}}
-    failed = {"type": {"const": "error"}, "error": text, **codes, "retry_after": whole}
+    asked = Ask.model_json_schema(ref_template=ref("{model}")["$ref"])
+    text, number = {"type": "string"}, {"type": "integer"}
+    date = {"type": "string", "format": "date-time"}
+    text_or_null, number_or_null = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
+    end: Schema = {"finish_reason": text_or_null, "tokens_used": number_or_null, "model": text}
+    end["ignored"] = {"type": "array", "items": {"const": "temperature"}}
+    failure: Schema = {"code": {"enum": list(ERRORS)}, "request_id": text}
+    failure["status"] = {"enum": sorted({status for status, _ in ERRORS.values()})}
+    error: Schema = {"type": {"const": "error"}, "error": text, **failure, "retry_after": number}
     errors = {"type": "array", "items": schema("A wrong field.", field=text, detail=text)}
-    about = {"status": {"const": "running"}, "version": text, "openai_connected": flag}
-    about |= {"model": text, "uptime_seconds": {"type": "number"}, "tokens_used": whole}
-    counts = {each.name: whole for each in fields(Asks)}
-    event: dict[str, object] = {"timestamp": {"type": "string", "format": "date-time"}}
-    event["message"] = text
-    event |= {"level": {"enum": get_args(Level)}, "metadata": {"type": ["object", "null"]}}
+    piece: Schema = {"type": {"const": "delta"}, "content": {"type": "string", "minLength": 1}}
+    about: Schema = {"status": {"const": "running"}, "version": text, "model": text}
+    about |= {"openai_connected": {"type": "boolean"}, "uptime_seconds": {"type": "number"}}
+    about["asks"] = schema("Since the start.", **{each.name: number for each in fields(Asks)})
+    event: Schema = {"timestamp": date, "level": {"enum": get_args(Level)}, "message": text}
+    event["metadata"] = {"type": ["object", "null"]}
     return {
         **asked.pop("$defs"),
         "Ask": asked,
-        "Answer": schema("The answer to `stream: false`.", "ignored", response=text, **ending),
-        "Delta": schema("The next piece; joined, they are the answer to the letter.", **piece),
-        "Done": schema(
-            "A complete end; `[DONE]` follows.", "ignored", type={"const": "done"}, **ending
-        ),
-        "Error": schema("The end of an answer that broke off.", "retry_after", **failed),
-        "Problem": schema(
-            "An error, as in RFC 9457.", "errors", title=text, detail=text, errors=errors, **codes
-        ),
-        "Status": schema("The service.", **about, asks=schema("Since the start.", **counts)),
+        "Answer": schema("The answer, with `stream: false`.", "ignored", response=text, **end),
+        "Delta": schema("The next piece of the answer.", **piece),
+        "Done": schema("A complete end.", "ignored", type={"const": "done"}, **end),
+        "Error": schema("The end of an answer that broke off.", "retry_after", **error),
+        "Problem": schema("RFC 9457.", "errors", title=text, detail=text, errors=errors, **failure),
+        "Status": schema("Whether it all works.", **about, tokens_used=number),
         "LogEvent": schema("`metadata` holds all other keys.", **event),
     }
 
 
-def content(kind: str, name: str, **more: object) -> dict[str, Any]:
-    return {kind: {"schema": {"$ref": f"#/components/schemas/{name}"}, **more}}
-
-
-def operation(summary: str, ok: object, *codes: str, **more: object) -> dict[str, object]:
+def operation(summary: str, ok: object, *codes: str, **more: object) -> Schema:
     """An operation that answers 200 with the content *ok*, or one of the error *codes*."""
     text = {"schema": {"type": "string"}}
     extra = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
-    headers = {"X-Request-ID": text}
-    responses: dict[str, Any] = {"200": {"description": "OK", "headers": headers, "content": ok}}
+    responses: dict[str, Any] = {"200": {"description": "OK", "content": ok}}
     for code in ("host_not_allowed", *codes, "internal_error"):
-        example = Failure(code).problem("7f0c2a")
-        status = Failure(code).status_code
-        problems = content("application/problem+json", "Problem", examples={})
-        response = responses.setdefault(
-            str(status), {"description": example["title"], "headers": headers, "content": problems}
-        )
-        if status in extra:
-            response["headers"] = {**headers, extra[status]: text}
-        response["content"]["application/problem+json"]["examples"][code] = {"value": example}
+        failure = Failure(code)
+        example = failure.problem("7f0c2a")
+        problems = {PROBLEM: {"schema": ref("Problem"), "examples": {}}}
+        response = {"description": example["title"], "content": problems}
+        response = responses.setdefault(str(failure.status_code), response)
+        response["content"][PROBLEM]["examples"][code] = {"value": example}
+    for status, response in responses.items():
+        names = ["X-Request-ID", *(extra[int(status)],) * (int(status) in extra)]
+        response["headers"] = dict.fromkeys(names, text)
     return {"summary": summary, "responses": responses, **more}
 
 
-def openapi(settings: Settings) -> dict[str, object]:
+def openapi(settings: Settings) -> Schema:
     """The OpenAPI 3.1 document of the service."""
-    secured: dict[str, Any] = {"security": [{"bearer": []}]} if settings.api_token else {}
-    token = ["unauthorized"] if settings.api_token else []
-    query = LogsQuery.model_json_schema()["properties"]
-    parameters = [
-        {"name": name, "in": "query", "description": each.pop("description"), "schema": each}
-        for name, each in query.items()
-    ]
-    stream = (
-        delta("Hola")
-        + frame(
-            {
-                "type": "done",
-                "finish_reason": "stop",
-                "tokens_used": 9,
-                "model": settings.openai_model,
-            }
-        )
-        + b"data: [DONE]\n\n"
-    )
-    events = [{"$ref": f"#/components/schemas/{name}"} for name in ("Delta", "Done", "Error")]
-    sse = {
-        "type": "string",
-        "contentMediaType": "text/event-stream",
-        "contentSchema": {"oneOf": events},
-    }
+    secured: Schema = {"security": [{"bearer": []}]} if settings.api_token else {}
+    absent = {"not_found", "method_not_allowed", *(["unauthorized"] if not secured else [])}
+    codes = [code for code in ERRORS if code not in absent]
     example = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
+    asked = {JSON: {"schema": ref("Ask"), "example": example}}
+    events = {"oneOf": [ref("Delta"), ref("Done"), ref("Error")]}
+    end = {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"}
+    stream: Schema = {
+        "schema": {"type": "string", "contentMediaType": SSE, "contentSchema": events}
+    }
+    stream["example"] = (delta("Hola") + frame(end) + b"data: [DONE]\n\n").decode()
+    answered = {SSE: stream, JSON: {"schema": ref("Answer")}}
+    query = LogsQuery.model_json_schema()["properties"].items()
+    parameters = [{"name": name, "in": "query", "schema": each} for name, each in query]
+    listed = {JSON: {"schema": {"type": "array", "items": ref("LogEvent")}}}
     html = {"text/html": {"schema": {"type": "string"}}}
-    answered = content("application/json", "Answer") | {
-        "text/event-stream": {"schema": sse, "example": stream.decode()}
-    }
-    known = [
-        code
-        for code in ERRORS
-        if code
-        not in {
-            "host_not_allowed",
-            "unauthorized",
-            "not_found",
-            "method_not_allowed",
-            "internal_error",
-        }
-    ]
+    ask = operation("Ask", answered, *codes, requestBody={"required": True, "content": asked})
+    denied = {"unauthorized", "invalid_request"}.intersection(codes)
+    logs = operation("Newest events", listed, *denied, parameters=parameters)
+    document = operation("This document", {JSON: {"schema": {"type": "object"}}})
     paths = {
-        "/ask": {
-            "post": operation(
-                "Ask the model.",
-                answered,
-                *token,
-                *known,
-                requestBody={
-                    "required": True,
-                    "content": content("application/json", "Ask", example=example),
-                },
-                **secured,
-            )
-        },
-        "/status": {
-            "get": operation(
-                "Whether the service and its upstream work.", content("application/json", "Status")
-            )
-        },
-        "/logs": {
-            "get": operation(
-                "The newest log events, oldest first.",
-                {
-                    "application/json": {
-                        "schema": {
-                            "type": "array",
-                            "items": {"$ref": "#/components/schemas/LogEvent"},
-                        }
-                    }
-                },
-                *token,
-                "invalid_request",
-                parameters=parameters,
-                **secured,
-            )
-        },
-        "/openapi.json": {
-            "get": operation("This document.", {"application/json": {"schema": {"type": "object"}}})
-        },
-        "/docs": {"get": operation("This document in Swagger UI.", html)},
-        "/redoc": {"get": operation("This document in ReDoc.", html)},
+        "/ask": {"post": ask | secured},
+        "/status": {"get": operation("Status", {JSON: {"schema": ref("Status")}})},
+        "/logs": {"get": logs | secured},
+        "/openapi.json": {"get": document},
+        "/docs": {"get": operation("This document in Swagger UI", html)},
+        "/redoc": {"get": operation("This document in ReDoc", html)},
     }
-    components: dict[str, object] = {"schemas": schemas()}
-    if settings.api_token:
-        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    bearer = {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
     info = {"title": "OpenAI back end", "version": VERSION}
+    components = {"schemas": schemas(), **(bearer if secured else {})}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
 
 
-def docs_page(head: str, script: str, integrity: str, start: str) -> Response:
-    """A page around a *script* of the CDN, which *integrity* pins to the npm package's file."""
+def docs_page(package: str, script: str, integrity: str, start: str, head: str = "") -> Response:
+    """A page around a *script* of the CDN; *integrity* is that of the npm package's own file."""
     return HTMLResponse(f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>OpenAI back end</title>{head}</head>
-<body><div id="ui"></div><script src="{CDN}/{script}" integrity="{integrity}" crossorigin="anonymous"
+<body><div id="ui"></div><script src="{CDN}/{package}/{script}" integrity="sha384-{integrity}"
+crossorigin="anonymous"
 onerror="document.body.textContent = 'The CDN cannot be reached; see openapi.json.'"></script>
 <script>{start}</script></body></html>""")
 
 
-async def swagger_ui(request: Request) -> Response:
-    head = f"""<link rel="stylesheet" href="{CDN}/swagger-ui-dist@5.35.0/swagger-ui.css" integrity=
-"sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I" crossorigin="anonymous">"""
-    return docs_page(
-        head,
-        "swagger-ui-dist@5.35.0/swagger-ui-bundle.js",
-        "sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9",
-        "window.SwaggerUIBundle?.({url: 'openapi.json', dom_id: '#ui'})",
-    )
-
-
-async def redoc(request: Request) -> Response:
-    return docs_page(
-        "",
-        "redoc@2.5.4/bundles/redoc.standalone.js",
-        "sha384-w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5",
-        "window.Redoc?.init('openapi.json', {}, document.getElementById('ui'))",
-    )
-
-
-async def openapi_json(request: Request[State]) -> Response:
-    return reply(openapi(request.state["settings"]))
-
-
-async def root(request: Request) -> Response:
-    return RedirectResponse("/docs")
+SWAGGER_UI = docs_page(
+    "swagger-ui-dist@5.35.0",
+    "swagger-ui-bundle.js",
+    "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9",
+    "window.SwaggerUIBundle?.({url: 'openapi.json', dom_id: '#ui'})",
+    f"""<link rel="stylesheet" href="{CDN}/swagger-ui-dist@5.35.0/swagger-ui.css"
+integrity="sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I"
+crossorigin="anonymous">""",
+)
+REDOC = docs_page(
+    "redoc@2.5.4",
+    "bundles/redoc.standalone.js",
+    "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5",
+    "window.Redoc?.init('openapi.json', {}, document.getElementById('ui'))",
+)
 
 
 def connect(settings: Settings, base_url: str) -> AsyncOpenAI:
@@ -1264,13 +1191,13 @@ def create_app(settings: Settings) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/", root),
             Route("/ask", ask, methods=["POST"]),
             Route("/status", status),
             Route("/logs", logs),
-            Route("/openapi.json", openapi_json),
-            Route("/docs", swagger_ui),
-            Route("/redoc", redoc),
+            Route("/openapi.json", reply(openapi(settings)), methods=["GET"]),
+            Route("/docs", SWAGGER_UI, methods=["GET"]),
+            Route("/redoc", REDOC, methods=["GET"]),
+            Route("/", RedirectResponse("/docs"), methods=["GET"]),
         ],
         middleware=[
             Middleware(RequestContext),
