@@ -1073,7 +1073,7 @@ def schemas() -> Schema:
 def operation(summary: str, ok: object, *codes: str, **more: object) -> Schema:
     """An operation that answers 200 with the content *ok*, or one of the error *codes*."""
     text = {"schema": {"type": "string"}}
-    extra = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
+    extra = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
     responses: dict[str, Any] = {"200": {"description": "OK", "content": ok}}
     for code in ("host_not_allowed", *codes, "internal_error"):
         failure = Failure(code)
@@ -1083,7 +1083,7 @@ def operation(summary: str, ok: object, *codes: str, **more: object) -> Schema:
         response = responses.setdefault(str(failure.status_code), response)
         response["content"][PROBLEM]["examples"][code] = {"value": example}
     for status, response in responses.items():
-        names = ["X-Request-ID", *(extra[int(status)],) * (int(status) in extra)]
+        names = filter(None, ("X-Request-ID", extra.get(status)))
         response["headers"] = dict.fromkeys(names, text)
     return {"summary": summary, "responses": responses, **more}
 
