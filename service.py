@@ -731,6 +731,13 @@ class State(TypedDict):
     started: float
 
 
+OUTCOMES = {
+    "ask finished": logging.INFO,
+    "ask cancelled": logging.WARNING,
+    "ask failed": logging.ERROR,
+}
+
+
 class Answer(StreamingResponse):
     """One ask; it owns its place, its upstream and its closing event, however it ends.
 
@@ -741,10 +748,8 @@ class Answer(StreamingResponse):
     def __init__(self, ask: Ask, state: State) -> None:
         self.parts = self.relay() if ask.stream else self.collect()
         headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-        if ask.stream:
-            super().__init__(self.parts, headers=headers, media_type=SSE)
-        else:
-            super().__init__(self.parts, media_type=JSON)
+        kind = {"headers": headers, "media_type": SSE} if ask.stream else {"media_type": JSON}
+        super().__init__(self.parts, **kind)
         self.ask = ask
         self.settings = state["settings"]
         self.upstream = state["upstream"]
@@ -767,10 +772,10 @@ class Answer(StreamingResponse):
             async with asyncio.TaskGroup() as tasks, aclosing(self.parts):
                 watch = tasks.create_task(self.watch(receive))
                 async for part in self.parts:
-                    await self.write(part)
+                    await self.write(part, last=self.complete)
                     self.heard = self.sent
                     if self.complete:
-                        self.close(finished=True)
+                        self.close("ask finished")
                 watch.cancel()
         except* ClientDisconnect:
             pass
@@ -781,10 +786,9 @@ class Answer(StreamingResponse):
             failure.__cause__ = group.exceptions[0]
         finally:
             if not self.closed:
-                self.close(failure)
+                self.close("ask failed" if failure else "ask cancelled", failure)
         if failure and self.started:
-            self.complete = True
-            await self.write(frame(failure.event(get_contextvars()["request_id"])))
+            await self.write(frame(failure.event(get_contextvars()["request_id"])), last=True)
         elif failure:
             raise failure
 
@@ -807,16 +811,15 @@ class Answer(StreamingResponse):
             if self.clock() >= self.sent + heartbeat:
                 await self.write(b": ping\n\n")
 
-    async def write(self, part: bytes) -> None:
+    async def write(self, part: bytes, *, last: bool = False) -> None:
         async with self.writing:
             if not self.started:
-                if self.complete:
+                if last:
                     self.headers["Content-Length"] = str(len(part))
                 start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                 await self.send(start)
                 self.started = True
-            body = {"type": "http.response.body", "body": part, "more_body": not self.complete}
-            await self.send(body)
+            await self.send({"type": "http.response.body", "body": part, "more_body": not last})
             self.sent = self.clock()
 
     async def open(self) -> AsyncStream[object]:
@@ -907,10 +910,12 @@ class Answer(StreamingResponse):
         self.complete = True
         return frame({"type": "done", **self.facts}) + b"data: [DONE]\n\n"
 
-    def close(self, failure: Failure | None = None, *, finished: bool = False) -> None:
-        """Give the place back and log the closing event, as every ask does exactly once."""
+    def close(self, outcome: str, failure: Failure | None = None) -> None:
+        """Give the place back and log the *outcome*, as every accepted ask does exactly once."""
         self.closed = True
         self.asks.active -= 1
+        self.asks.failed += outcome == "ask failed"
+        self.asks.cancelled += outcome == "ask cancelled"
         tokens_used = self.facts["tokens_used"]
         self.upstream.tokens_used += tokens_used if isinstance(tokens_used, int) else 0
         facts = {
@@ -921,17 +926,11 @@ class Answer(StreamingResponse):
             "first_token_ms": self.first_token and self.milliseconds(self.first_token),
             "duration_ms": self.milliseconds(self.clock()),
         }
-        event = log.bind(**{name: fact for name, fact in facts.items() if fact is not None})
-        if finished:
-            event.info("ask finished")
-        elif failure:
-            self.asks.failed += 1
-            defect = failure.__cause__ if failure.code == "internal_error" else None
-            told = {"code": failure.code, "status": failure.status_code, "cause": cause(failure)}
-            event.error("ask failed", exc_info=defect, **told)
-        else:
-            self.asks.cancelled += 1
-            event.warning("ask cancelled")
+        if failure:
+            facts |= {"code": failure.code, "status": failure.status_code, "cause": cause(failure)}
+            facts["exc_info"] = failure.__cause__ if failure.code == "internal_error" else None
+        known = {name: fact for name, fact in facts.items() if fact is not None}
+        log.log(OUTCOMES[outcome], outcome, **known)
 
     def milliseconds(self, instant: float) -> float:
         return round((instant - self.begun) * 1000, 1)
