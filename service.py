@@ -24,7 +24,6 @@ import secrets
 import socket
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -38,6 +37,7 @@ from collections.abc import (
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -58,7 +58,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
+from structlog.contextvars import bind_contextvars, get_contextvars
 from structlog.stdlib import ProcessorFormatter
 from structlog.types import EventDict, Processor, WrappedLogger
 
@@ -74,6 +74,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 log = structlog.stdlib.get_logger("service")
+from_json = json.JSONDecoder().raw_decode
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -89,12 +90,14 @@ def mask(text: str, known: Iterable[str]) -> str:
     return KEY_SHAPED.sub("***", text)
 
 
+@lru_cache
 def is_ip(host: str) -> bool:
     with suppress(ValueError):
         return bool(ipaddress.ip_address(host))
     return False
 
 
+@lru_cache
 def is_loopback(host: str) -> bool:
     return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
 
@@ -370,7 +373,7 @@ class RequestContext:
             return await self.app(scope, receive, send)
         request_id = Headers(scope=scope).get("x-request-id", "")
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id) or KEY_SHAPED.search(request_id):
-            request_id = uuid.uuid4().hex
+            request_id = secrets.token_hex(16)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -379,7 +382,6 @@ class RequestContext:
             await send(message)
 
         # Never unbound: the context ends with uvicorn's task, which first logs what is raised here.
-        clear_contextvars()
         bind_contextvars(request_id=request_id)
         return await self.app(scope, receive, send_with_id)
 
@@ -681,21 +683,23 @@ class Decoder:
     def feed(self, read: bytes) -> Iterator[str]:
         """The data of every event that *read* completes."""
         *lines, rest = self.text.decode(read).split("\n")
-        for last in lines:
-            line = "".join((*self.line, last))
-            self.line.clear()
+        for line in lines:
+            if self.line:
+                line = "".join((*self.line, line))
+                self.line.clear()
             if line.startswith("data:"):
-                self.data.append(line[5:].removeprefix(" "))
+                self.data.append(line[5:].strip())
             elif not line and self.data:
                 yield "\n".join(self.data)
                 self.data.clear()
-        self.line.append(rest)
+        if rest:
+            self.line.append(rest)
 
 
 def said(part: Literal["delta", "message"], data: str, facts: dict[str, object]) -> str:
     """The text in a chunk (`delta`) or a whole answer (`message`); *facts* takes the rest."""
     try:
-        chunk = json.loads(data)
+        chunk, _ = from_json(data)
         if chunk.get("error") or (part == "message" and not chunk["choices"][0][part]):
             raise ValueError("an error in the place of an answer")
         facts["model"] = chunk.get("model") or facts["model"]
@@ -864,7 +868,7 @@ class Answer(StreamingResponse):
         """The one JSON object of an ask that does not stream."""
         async with aclosing(self.reads()) as reads:
             body = b"".join([read async for read in reads])
-        text = said("message", body.decode("utf-8-sig", "replace"), self.facts)
+        text = said("message", body.decode("utf-8-sig", "replace").strip(), self.facts)
         self.answer_chars = len(text)
         self.complete = True
         yield utf8(to_json({"response": text, **self.facts}))
