@@ -59,8 +59,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response, Stream
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, get_contextvars
-from structlog.stdlib import ProcessorFormatter
-from structlog.types import EventDict, Processor, WrappedLogger
+from structlog.types import EventDict, FilteringBoundLogger, WrappedLogger
 
 VERSION = "1.0.0"
 JSON, PROBLEM, SSE = "application/json", "application/problem+json", "text/event-stream"
@@ -73,7 +72,7 @@ Schema = dict[str, Any]
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-log = structlog.stdlib.get_logger("service")
+log: FilteringBoundLogger = structlog.get_logger()
 from_json = json.JSONDecoder().raw_decode
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -251,6 +250,24 @@ class EventLog:
         return list(itertools.islice(wanted, limit))[::-1]
 
 
+class Output:
+    """Standard output, as structlog wants it; when that is gone, the ring still has the event."""
+
+    def msg(self, line: str) -> None:
+        with suppress(OSError, ValueError):
+            print(line, flush=True)
+
+    debug = info = warning = error = critical = msg
+
+
+class Forward(logging.Handler):
+    """Puts through structlog what others log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = min(50, record.levelno // 10 * 10)  # structlog knows the five levels only
+        log.log(level, record.getMessage(), exc_info=record.exc_info)
+
+
 def upper_level(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     event["level"] = event["level"].upper()
     return event
@@ -264,25 +281,21 @@ def configure_logging(level: str, events: EventLog) -> None:
         level_styles={name.upper(): style for name, style in styles.items()},
         exception_formatter=structlog.dev.plain_traceback,
     )
-    pipeline: list[Processor] = [
-        ProcessorFormatter.remove_processors_meta,
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        upper_level,
-        structlog.processors.TimeStamper("%Y-%m-%dT%H:%M:%S.%fZ"),
-        structlog.processors.format_exc_info,
-        structlog.processors.EventRenamer("message"),
-        events,
-        console if sys.stdout.isatty() else structlog.processors.JSONRenderer(),
-    ]
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(ProcessorFormatter(processors=pipeline))
-    logging.basicConfig(handlers=[handler], level=level, force=True)
     structlog.configure(
-        processors=[ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            upper_level,
+            structlog.processors.TimeStamper("%Y-%m-%dT%H:%M:%S.%fZ"),
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("message"),
+            events,
+            console if sys.stdout.isatty() else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=Output,
     )
+    logging.basicConfig(handlers=[Forward()], level=level, force=True)
     for name in ("openai", "httpx2", "httpcore2", "aiohttp"):
         # Below WARNING they log whole requests, prompts included.
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.root.level))
@@ -593,6 +606,8 @@ class Upstream:
         self.client = client
         self.model = model
         self.known = known
+        # Absolute, because to merge a path with the base URL takes a tenth of a short ask.
+        self.completions = f"{client.base_url}chat/completions"
         # Everywhere else the older name is the safer one: Ollama silently ignores the newer.
         renamed = re.search(r"(^|\.)(openai|azure)\.com$", client.base_url.host)
         self.token_field = "max_completion_tokens" if renamed else "max_tokens"
@@ -626,9 +641,9 @@ class Upstream:
 
     async def complete(self, body: dict[str, object]) -> AsyncStream[object]:
         """POST /chat/completions, up to the headers of a 200; all else is a Failure."""
-        path, stream = "/chat/completions", AsyncStream[object]
+        url, stream = self.completions, AsyncStream[object]
         return await self._answered(
-            self.client.post(path, cast_to=object, body=body, stream=True, stream_cls=stream)
+            self.client.post(url, cast_to=object, body=body, stream=True, stream_cls=stream)
         )
 
     async def _answered(self, call: Awaitable[AsyncStream[object]]) -> AsyncStream[object]:
