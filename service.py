@@ -68,7 +68,7 @@ KEY_SHAPED = re.compile(r"(?<![A-Za-z0-9])sk-[\w*.-]+|\b(?i:bearer)\s+[^\s\"',]+
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 Fields = Mapping[str, str] | None
-Schema = dict[str, Any]
+Json = dict[str, Any]
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
@@ -345,24 +345,22 @@ class Failure(HTTPException):
         value = (self.headers or {}).get("Retry-After")
         return int(value) if value else None
 
-    def problem(self, request_id: str) -> dict[str, object]:
+    def problem(self, request_id: str) -> Json:
         """The body that RFC 9457 asks for."""
         status = self.status_code
-        body: dict[str, object] = {
-            "title": TITLES.get(status) or HTTPStatus(status).phrase,
-            "status": status,
-        }
-        body |= {"detail": self.detail, "code": self.code, "request_id": request_id}
+        title = TITLES.get(status) or HTTPStatus(status).phrase
+        body: Json = {"title": title, "status": status, "detail": self.detail}
+        body |= {"code": self.code, "request_id": request_id}
         return body | ({"errors": self.errors} if self.errors else {})
 
-    def event(self, request_id: str) -> dict[str, object]:
-        body: dict[str, object] = {"type": "error", "error": self.detail, "code": self.code}
+    def event(self, request_id: str) -> Json:
+        body: Json = {"type": "error", "error": self.detail, "code": self.code}
         body |= {"status": self.status_code, "request_id": request_id}
         return body | ({"retry_after": self.retry_after} if self.retry_after is not None else {})
 
 
-def reply(value: object, status: int = 200, headers: Fields = None, kind: str = "json") -> Response:
-    return Response(utf8(to_json(value)), status, headers, f"application/{kind}")
+def reply(value: object, status: int = 200, headers: Fields = None, kind: str = JSON) -> Response:
+    return Response(utf8(to_json(value)), status, headers, kind)
 
 
 async def on_error(request: Request | None, exc: Exception) -> Response:
@@ -408,18 +406,19 @@ class Gate:
         self.origins = frozenset(settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        failure = self.refusal(scope) if scope["type"] == "http" else None
+        app = await on_error(None, failure) if failure else self.app
+        await app(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> Failure | None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         if not self.allows_host(host, scope["server"]):
-            refuse = await on_error(None, Failure("host_not_allowed"))
-            return await refuse(scope, receive, send)
+            return Failure("host_not_allowed")
         if scope["method"] == "POST" and origin and not self.allows_origin(origin, host):
             log.warning("origin not allowed", origin=origin, remedy="add it to CORS_ORIGINS")
-            refuse = await on_error(None, Failure("origin_not_allowed"))
-            return await refuse(scope, receive, send)
-        return await self.app(scope, receive, send)
+            return Failure("origin_not_allowed")
+        return None
 
     def allows_host(self, host: str, server: tuple[str, int | None] | None) -> bool:
         local = server is not None and is_loopback(server[0])
@@ -1046,7 +1045,7 @@ async def serve_demo() -> AsyncIterator[str]:
             each.close()
 
 
-def schema(about: str, *optional: str, **properties: object) -> Schema:
+def schema(about: str, *optional: str, **properties: object) -> Json:
     """The JSON Schema of an object; its *properties* are required, but for the *optional* ones."""
     required = [name for name in properties if name not in optional]
     kind = {"type": "object", "description": about}
@@ -1057,23 +1056,23 @@ def ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def schemas() -> Schema:
+def schemas() -> Json:
     """What goes over the wire: requests as they are validated, the rest as it is written."""
     asked = Ask.model_json_schema(ref_template=ref("{model}")["$ref"])
     text, number = {"type": "string"}, {"type": "integer"}
     date = {"type": "string", "format": "date-time"}
     text_or_null, number_or_null = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
-    end: Schema = {"finish_reason": text_or_null, "tokens_used": number_or_null, "model": text}
+    end: Json = {"finish_reason": text_or_null, "tokens_used": number_or_null, "model": text}
     end["ignored"] = {"type": "array", "items": {"const": "temperature"}}
-    failure: Schema = {"code": {"enum": list(ERRORS)}, "request_id": text}
+    failure: Json = {"code": {"enum": list(ERRORS)}, "request_id": text}
     failure["status"] = {"enum": sorted({status for status, _ in ERRORS.values()})}
-    error: Schema = {"type": {"const": "error"}, "error": text, **failure, "retry_after": number}
+    error: Json = {"type": {"const": "error"}, "error": text, **failure, "retry_after": number}
     errors = {"type": "array", "items": schema("A wrong field.", field=text, detail=text)}
-    piece: Schema = {"type": {"const": "delta"}, "content": {"type": "string", "minLength": 1}}
-    about: Schema = {"status": {"const": "running"}, "version": text, "model": text}
+    piece: Json = {"type": {"const": "delta"}, "content": {"type": "string", "minLength": 1}}
+    about: Json = {"status": {"const": "running"}, "version": text, "model": text}
     about |= {"openai_connected": {"type": "boolean"}, "uptime_seconds": {"type": "number"}}
     about["asks"] = schema("Since the start.", **{each.name: number for each in fields(Asks)})
-    event: Schema = {"timestamp": date, "level": {"enum": get_args(Level)}, "message": text}
+    event: Json = {"timestamp": date, "level": {"enum": get_args(Level)}, "message": text}
     event["metadata"] = {"type": ["object", "null"]}
     return {
         **asked.pop("$defs"),
@@ -1088,7 +1087,7 @@ def schemas() -> Schema:
     }
 
 
-def operation(summary: str, ok: object, *codes: str, **more: object) -> Schema:
+def operation(summary: str, ok: object, *codes: str, **more: object) -> Json:
     """An operation that answers 200 with the content *ok*, or one of the error *codes*."""
     text = {"schema": {"type": "string"}}
     extra = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
@@ -1106,18 +1105,16 @@ def operation(summary: str, ok: object, *codes: str, **more: object) -> Schema:
     return {"summary": summary, "responses": responses, **more}
 
 
-def openapi(settings: Settings) -> Schema:
+def openapi(settings: Settings) -> Json:
     """The OpenAPI 3.1 document of the service."""
-    secured: Schema = {"security": [{"bearer": []}]} if settings.api_token else {}
+    secured: Json = {"security": [{"bearer": []}]} if settings.api_token else {}
     absent = {"not_found", "method_not_allowed", *(["unauthorized"] if not secured else [])}
     codes = [code for code in ERRORS if code not in absent]
     example = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
     asked = {JSON: {"schema": ref("Ask"), "example": example}}
     events = {"oneOf": [ref("Delta"), ref("Done"), ref("Error")]}
     end = {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"}
-    stream: Schema = {
-        "schema": {"type": "string", "contentMediaType": SSE, "contentSchema": events}
-    }
+    stream: Json = {"schema": {"type": "string", "contentMediaType": SSE, "contentSchema": events}}
     stream["example"] = (delta("Hola") + frame(end) + b"data: [DONE]\n\n").decode()
     answered = {SSE: stream, JSON: {"schema": ref("Answer")}}
     query = LogsQuery.model_json_schema()["properties"].items()
