@@ -129,24 +129,19 @@ def items(text: str) -> tuple[str, ...]:
     return tuple(item.strip().lower() for item in text.split(",") if item.strip())
 
 
-anything = rule("", "(?s).*", str)
-visible = rule("made of visible ASCII characters only", "[!-~]+", str)
+LEVELS = get_args(Level)
+level = rule(f"one of {', '.join(LEVELS)}", f"(?i:{'|'.join(LEVELS)})", str.upper)
 seconds = rule("a number of seconds above 0", r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?", float)
-level_name = rule(
-    f"one of {', '.join(get_args(Level))}", f"(?i:{'|'.join(get_args(Level))})", str.upper
-)
+visible = rule("made of visible ASCII characters only", "[!-~]+", str)
 http_url = rule(
-    "an http:// or https:// URL", r"https?://[^\s/?#:@]+(:[0-9]{1,5})?(/[^\s?#]*)?", str
+    "an http:// or https:// URL",
+    r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?",
+    str,
 )
-host_names = rule(
-    "host names without scheme and port, separated by commas, or *",
-    r"[\w.-]+(\s*,\s*[\w.-]*)*|\*",
-    items,
-)
-ORIGIN = r"\w[\w+.-]*://[^\s,/@?#]+"
+hosts = rule("host names separated by commas, or *", r"[\w.-]+(\s*,\s*[\w.-]*)*|\*", items)
 origins = rule(
-    "origins such as https://app.example.com, separated by commas, or *",
-    rf"({ORIGIN}(\s*,\s*({ORIGIN})?)*)?|\*",
+    "origins such as https://app.example.com separated by commas, or *",
+    r"(\s*\w[\w+.-]*://[^\s,/@?#]+\s*(,|$))*|\*",
     items,
 )
 
@@ -162,21 +157,21 @@ class Settings:
     """What the environment says; each field is the variable of the same name in capitals."""
 
     openai_api_key: str = setting("", visible, shown=False)
-    openai_model: str = setting("gpt-5.4-mini", anything)
+    openai_model: str = setting("gpt-5.4-mini", str)
     openai_base_url: str = setting("https://api.openai.com/v1", http_url, shown=False)
     openai_timeout: float = setting(120.0, seconds)
     openai_max_retries: int = setting(2, whole(0, 100))
-    api_host: str = setting("127.0.0.1", anything)
+    api_host: str = setting("127.0.0.1", str)
     api_port: int = setting(8000, whole(0, 65535))
     api_token: str = setting("", visible, shown=False)
-    allowed_hosts: tuple[str, ...] = setting((), host_names)
+    allowed_hosts: tuple[str, ...] = setting((), hosts)
     cors_origins: tuple[str, ...] = setting(
         ("http://localhost:4200", "http://localhost:4201"), origins
     )
     max_concurrent_asks: int = setting(1000, whole(1, 1_000_000))
     max_body_bytes: int = setting(1_048_576, whole(1, 1_000_000_000))
     heartbeat_seconds: float = setting(15.0, seconds)
-    log_level: str = setting("INFO", level_name)
+    log_level: str = setting("INFO", level)
     log_buffer_size: int = setting(1000, whole(1, 100_000))
 
     @classmethod
@@ -264,8 +259,10 @@ class Forward(logging.Handler):
     """Puts through structlog what others log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        level = min(50, record.levelno // 10 * 10)  # structlog knows the five levels only
-        log.log(level, record.getMessage(), exc_info=record.exc_info)
+        message, level = record.getMessage(), min(50, record.levelno // 10 * 10)
+        # A second Ctrl-C cuts what is under way; uvicorn logs a traceback for each piece of it.
+        if "CancelledError" not in f"{record.exc_info} {message}":
+            log.log(level, message.strip(), exc_info=record.exc_info)
 
 
 def upper_level(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
