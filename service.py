@@ -53,7 +53,6 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -819,11 +818,13 @@ class Answer(StreamingResponse):
                     if self.closed:
                         return
                     raise ClientDisconnect
-            async with self.writing:
-                pass  # While the client holds a write up, no clock runs.
-            if self.clock() >= self.heard + silence:
+            now = self.clock()
+            if self.writing.locked():
+                # The client holds a write up: the silence is not the upstream's.
+                self.heard = self.sent = now
+            elif now >= self.heard + silence:
                 raise Failure("upstream_timeout")
-            if self.clock() >= self.sent + heartbeat:
+            elif now >= self.sent + heartbeat:
                 await self.write(b": ping\n\n")
 
     async def write(self, part: bytes, *, last: bool = False) -> None:
@@ -865,10 +866,10 @@ class Answer(StreamingResponse):
 
     async def reads(self) -> AsyncGenerator[bytes, None]:
         """The upstream's answer, read by read; raises a Failure where it breaks off."""
-        stream = await self.open()
-        async with aclosing(stream.response):
+        response = (await self.open()).response
+        async with aclosing(response):
             try:
-                async for read in stream.response.aiter_bytes():
+                async for read in response.aiter_raw():
                     self.heard = self.clock()
                     yield read
             except Exception as exc:  # httpx2's and aiohttp's own, which the client lets through
@@ -1176,11 +1177,17 @@ def connect(settings: Settings, base_url: str) -> AsyncOpenAI:
     # Without a key no ask gets as far as this; the client insists on one.
     key = settings.openai_api_key or "none"
     return AsyncOpenAI(
-        api_key=key, base_url=base_url, timeout=None, max_retries=0, http_client=http_client
+        api_key=key,
+        base_url=base_url,
+        timeout=None,
+        max_retries=0,
+        http_client=http_client,
+        # Answer reads what comes over the wire, as it comes.
+        default_headers={"Accept-Encoding": "identity"},
     )
 
 
-def create_app(settings: Settings) -> Starlette:
+def create_app(settings: Settings) -> ASGIApp:
     """The service, ready to be served; takes over the logging of the process."""
     events = EventLog(settings.log_buffer_size, settings.secrets)
     configure_logging(settings.log_level, events)
@@ -1201,7 +1208,7 @@ def create_app(settings: Settings) -> Starlette:
                 "started": time.monotonic(),
             }
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/ask", ask, methods=["POST"]),
             Route("/status", status),
@@ -1211,22 +1218,19 @@ def create_app(settings: Settings) -> Starlette:
             Route("/redoc", REDOC, methods=["GET"]),
             Route("/", RedirectResponse("/docs"), methods=["GET"]),
         ],
-        middleware=[
-            Middleware(RequestContext),
-            Middleware(
-                CORSMiddleware,
-                allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST"],
-                allow_headers=["content-type", "authorization", "x-request-id"],
-                expose_headers=["Retry-After", "X-Request-ID"],
-            ),
-            # Starlette's own stands outside of CORS, so that a browser could not read its 500.
-            Middleware(ServerErrorMiddleware, handler=on_error),
-            Middleware(Gate, settings=settings),
-        ],
-        exception_handlers={HTTPException: on_error, ClientDisconnect: on_error},
+        middleware=[Middleware(Gate, settings=settings)],
+        exception_handlers=dict.fromkeys((HTTPException, ClientDisconnect, Exception), on_error),
         lifespan=lifespan,
     )
+    # Around Starlette, whose handler for a 500 would stand outside of CORS as its middleware.
+    cors = CORSMiddleware(
+        app,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["content-type", "authorization", "x-request-id"],
+        expose_headers=["Retry-After", "X-Request-ID"],
+    )
+    return RequestContext(cors)
 
 
 def settings_or_exit() -> Settings:
@@ -1262,7 +1266,7 @@ def main() -> None:
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def __getattr__(name: str) -> Starlette:
+def __getattr__(name: str) -> ASGIApp:
     """`uvicorn service:app` finds its app here (PEP 562), so that an import starts nothing."""
     if name == "app":
         return create_app(settings_or_exit())
