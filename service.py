@@ -515,11 +515,15 @@ def retry_after(value: str) -> int | None:
 
 
 def upstream_message(error: openai.APIStatusError) -> str:
-    """The text of the upstream's error, if it is JSON; a proxy's page of HTML is no message."""
-    if "json" not in error.response.headers.get("content-type", ""):
+    """The text of the upstream's error, in whose shape servers differ; no JSON is no message."""
+    try:
+        body = error.response.json()
+    except (ValueError, RecursionError):
         return ""
-    message = error.body.get("message") if isinstance(error.body, dict) else error.body
-    return message if isinstance(message, str) else ""
+    body = body[0] if isinstance(body, list) and body else body
+    while isinstance(body, dict):
+        body = body.get("error") or body.get("message") or body.get("detail")
+    return body if isinstance(body, str) else ""
 
 
 def refusal(error: openai.APIStatusError, known: Iterable[str]) -> Failure:
@@ -573,8 +577,8 @@ FIELD = r"(max_tokens|max_completion_tokens|temperature)\b"
 UNSUPPORTED = re.compile(
     r"(?:unsupported|unknown|unrecognized)\s(?:request\s)?(?:parameter|param|argument|field|value)"
     rf"(?:s|\(s\))?(?:\ssupplied)?\W+{FIELD}"
-    rf"|\b{FIELD}\W?\s(?:parameter\s)?(?:is\s(?:not\s|un)supported|does\snot\ssupport)"
-    rf"|not\ssupport\s(?:the\s)?(?:parameters?)?\W*{FIELD}(?!\W?\s(?:values?|above|over|below)\b)",
+    rf"|\b{FIELD}\W?\s(?:parameter\s)?(?:is\s(?:(?:not\s|un)supported|deprecated)|does\snot\ssupport)"
+    rf"|(?:\snot|n't)\ssupport\s(?:the\s)?(?:parameters?)?\W*{FIELD}(?!\W?\s(?:values?|above|over|below)\b)",
     re.IGNORECASE,
 )
 
@@ -684,8 +688,8 @@ class Decoder:
     """The data of Server-Sent Events, from bytes that are split anywhere (WHATWG HTML, 9.2)."""
 
     def __init__(self) -> None:
-        utf8_decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.text = io.IncrementalNewlineDecoder(utf8_decoder, translate=True)
+        characters = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self.text = io.IncrementalNewlineDecoder(characters, translate=True)
         # Joined only when complete: `tail + read` would take quadratic time for a large event.
         self.line: list[str] = []
         self.data: list[str] = []
@@ -855,9 +859,12 @@ class Answer(StreamingResponse):
                 else:
                     delay = patience(failure, tries)
                     tries += 1
+                if isinstance(failure.__cause__, openai.APIStatusError):
+                    self.heard = self.clock()
                 if delay is None or tries > self.settings.openai_max_retries or self.started:
                     raise
-                self.heard = self.clock() + delay
+                if self.clock() + delay >= self.heard + self.settings.openai_timeout:
+                    raise
                 await asyncio.sleep(delay)
         self.heard = self.clock()
         if "temperature" in self.ask.model_fields_set - body.keys():
