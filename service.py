@@ -12,7 +12,6 @@ import asyncio
 import codecs
 import errno
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -39,6 +38,7 @@ from dataclasses import asdict, dataclass, field, fields
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
@@ -89,15 +89,17 @@ def mask(text: str, known: Iterable[str]) -> str:
 
 
 @lru_cache
-def is_ip(host: str) -> bool:
+def ip(host: str) -> IPv4Address | IPv6Address | None:
+    """The address that *host* is, IPv4 also where it comes mapped into IPv6."""
     with suppress(ValueError):
-        return bool(ipaddress.ip_address(host))
-    return False
+        address = ip_address(host)
+        return (address.version == 6 and address.ipv4_mapped) or address
+    return None
 
 
-@lru_cache
 def is_loopback(host: str) -> bool:
-    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
+    address = ip(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
 
 
 class ConfigError(Exception):
@@ -105,27 +107,34 @@ class ConfigError(Exception):
 
 
 def rule(accepted: str, pattern: str, convert: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser of texts that match *pattern*; its ValueError says what is *accepted*."""
+    """A parser of what matches *pattern* and converts; its ValueError says what is *accepted*."""
 
     def parse(text: str) -> T:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(accepted)
-        return convert(text)
+        with suppress(ValueError):
+            if re.fullmatch(pattern, text):
+                return convert(text)
+        raise ValueError(accepted)
 
     return parse
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,15}", text) or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
+    def within(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise ValueError
         return int(text)
 
-    return parse
+    return rule(f"a whole number from {low} to {high}", "[0-9]{1,15}", within)
 
 
 def items(text: str) -> tuple[str, ...]:
     return tuple(item.strip().lower() for item in text.split(",") if item.strip())
+
+
+def with_port(url: str) -> str:
+    if urlsplit(url).port == 0:  # above 65535, this is what raises
+        raise ValueError
+    return url
 
 
 LEVELS = get_args(Level)
@@ -135,12 +144,13 @@ visible = rule("made of visible ASCII characters only", "[!-~]+", str)
 http_url = rule(
     "an http:// or https:// URL",
     r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?",
-    str,
+    with_port,
 )
+address = rule("a host name or an IP address", r"[\w.:%-]+", str)
 hosts = rule("host names separated by commas, or *", r"[\w.-]+(\s*,\s*[\w.-]*)*|\*", items)
 origins = rule(
     "origins such as https://app.example.com separated by commas, or *",
-    r"(\s*\w[\w+.-]*://[^\s,/@?#]+\s*(,|$))*|\*",
+    r"(\s*\w[\w+.-]*://[^\s,/@?#*]+\s*(,|$))*|\*",
     items,
 )
 
@@ -160,7 +170,7 @@ class Settings:
     openai_base_url: str = setting("https://api.openai.com/v1", http_url, shown=False)
     openai_timeout: float = setting(120.0, seconds)
     openai_max_retries: int = setting(2, whole(0, 100))
-    api_host: str = setting("127.0.0.1", str)
+    api_host: str = setting("127.0.0.1", address)
     api_port: int = setting(8000, whole(0, 65535))
     api_token: str = setting("", visible, shown=False)
     allowed_hosts: tuple[str, ...] = setting((), hosts)
@@ -422,7 +432,7 @@ class Gate:
             return True
         with suppress(ValueError):
             name = urlsplit(f"//{host}").hostname or ""
-            return name == "localhost" or name in self.hosts or is_ip(name)
+            return name == "localhost" or name in self.hosts or ip(name) is not None
         return False
 
     def allows_origin(self, origin: str, host: str) -> bool:
@@ -998,9 +1008,9 @@ async def status(request: Request[State]) -> Response:
 async def logs(request: Request[State]) -> Response:
     authorize(request)
     given: dict[str, object] = {}
-    if limit := request.query_params.get("limit", ""):
+    if (limit := request.query_params.get("limit")) is not None:
         given["limit"] = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else limit
-    if level := request.query_params.get("level"):
+    if (level := request.query_params.get("level")) is not None:
         given["level"] = level.upper()
     query = validated(LogsQuery, given)
     return reply(request.state["events"].tail(level=query.level, limit=query.limit))
@@ -1092,11 +1102,11 @@ def schemas() -> Json:
     }
 
 
-def operation(summary: str, ok: object, *codes: str, **more: object) -> Json:
-    """An operation that answers 200 with the content *ok*, or one of the error *codes*."""
+def operation(summary: str, ok: object, *codes: str, success: str = "200", **more: object) -> Json:
+    """An operation that answers with the content *ok*, or with one of the error *codes*."""
     text = {"schema": {"type": "string"}}
     extra = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
-    responses: dict[str, Any] = {"200": {"description": "OK", "content": ok}}
+    responses: Json = {success: {"description": "OK", "content": ok}}
     for code in ("host_not_allowed", *codes, "internal_error"):
         failure = Failure(code)
         example = failure.problem("7f0c2a")
@@ -1134,6 +1144,7 @@ def openapi(settings: Settings) -> Json:
         "/ask": {"post": ask | secured},
         "/status": {"get": operation("Status", {JSON: {"schema": ref("Status")}})},
         "/logs": {"get": logs | secured},
+        "/": {"get": operation("To the documentation", {}, success="307")},
         "/openapi.json": {"get": document},
         "/docs": {"get": operation("This document in Swagger UI", html)},
         "/redoc": {"get": operation("This document in ReDoc", html)},
