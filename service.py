@@ -403,6 +403,10 @@ class RequestContext:
         return await self.app(scope, receive, send_with_id)
 
 
+def warn_of(origin: str) -> None:
+    log.warning("origin not allowed", origin=origin, remedy="add it to CORS_ORIGINS")
+
+
 class Gate:
     """Refuses names that DNS rebinding would carry, and what pages of other origins post."""
 
@@ -422,7 +426,7 @@ class Gate:
         if not self.allows_host(host, scope["server"]):
             return Failure("host_not_allowed")
         if scope["method"] == "POST" and origin and not self.allows_origin(origin, host):
-            log.warning("origin not allowed", origin=origin, remedy="add it to CORS_ORIGINS")
+            warn_of(origin)
             return Failure("origin_not_allowed")
         return None
 
@@ -438,6 +442,15 @@ class Gate:
     def allows_origin(self, origin: str, host: str) -> bool:
         # A page of the service itself: no scheme, since a proxy may have taken the TLS off.
         return not self.origins.isdisjoint({origin, "*"}) or origin.partition("://")[2] == host
+
+
+class Cors(CORSMiddleware):
+    """Logs the origins that it refuses, of which a browser tells its developer next to nothing."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        if not self.is_allowed_origin(request_headers["origin"]):
+            warn_of(request_headers["origin"])
+        return super().preflight_response(request_headers)
 
 
 def omitted() -> Any:
@@ -490,6 +503,12 @@ def validated(model: type[M], values: Mapping[str, object]) -> M:
         raise failure from exc
 
 
+def number(text: str) -> float:
+    """A number with a point or an exponent; to JSON Schema 1.0 is an integer (section 6.1.1)."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 async def read_json(request: Request[Any], limit: int) -> dict[str, object]:
     """The JSON object of at most *limit* bytes in the body; raises 400, 413 or 415."""
     media_type = request.headers.get("content-type", "").partition(";")[0]
@@ -503,7 +522,7 @@ async def read_json(request: Request[Any], limit: int) -> dict[str, object]:
         if len(body) > limit:
             raise Failure("body_too_large")
     try:
-        value = json.loads(body.decode())
+        value = json.loads(body.decode(), parse_float=number)
         # json.loads takes more than JSON has: NaN, Infinity, half surrogate pairs.
         to_json(value).encode()
     except (ValueError, RecursionError) as exc:
@@ -1129,7 +1148,7 @@ def openapi(settings: Settings) -> Json:
     asked = {JSON: {"schema": ref("Ask"), "example": example}}
     events = {"oneOf": [ref("Delta"), ref("Done"), ref("Error")]}
     end = {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"}
-    stream: Json = {"schema": {"type": "string", "contentMediaType": SSE, "contentSchema": events}}
+    stream: Json = {"schema": {"contentMediaType": SSE, "contentSchema": events}}
     stream["example"] = (delta("Hola") + frame(end) + b"data: [DONE]\n\n").decode()
     answered = {SSE: stream, JSON: {"schema": ref("Answer")}}
     query = LogsQuery.model_json_schema()["properties"].items()
@@ -1205,6 +1224,18 @@ def connect(settings: Settings, base_url: str) -> AsyncOpenAI:
     )
 
 
+def lift_file_limit(asks: int) -> None:
+    """Allow the files of so many *asks*: each takes two, and 1,024 is the usual limit."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * asks + 200
+        if 0 <= soft < wanted:
+            limit = wanted if hard < 0 else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
 def create_app(settings: Settings) -> ASGIApp:
     """The service, ready to be served; takes over the logging of the process."""
     events = EventLog(settings.log_buffer_size, settings.secrets)
@@ -1212,6 +1243,7 @@ def create_app(settings: Settings) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
+        lift_file_limit(settings.max_concurrent_asks)
         async with AsyncExitStack() as owned:
             base_url, model = settings.openai_base_url, settings.openai_model
             if settings.demo:
@@ -1241,7 +1273,7 @@ def create_app(settings: Settings) -> ASGIApp:
         lifespan=lifespan,
     )
     # Around Starlette, whose handler for a 500 would stand outside of CORS as its middleware.
-    cors = CORSMiddleware(
+    cors = Cors(
         app,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
