@@ -552,7 +552,8 @@ def upstream_message(error: openai.APIStatusError) -> str:
     body = body[0] if isinstance(body, list) and body else body
     while isinstance(body, dict):
         body = body.get("error") or body.get("message") or body.get("detail")
-    return body if isinstance(body, str) else ""
+    # Some wrap a proxy's page of HTML in JSON.
+    return body if isinstance(body, str) and not body.lstrip().startswith("<") else ""
 
 
 def refusal(error: openai.APIStatusError, known: Iterable[str]) -> Failure:
@@ -895,6 +896,8 @@ class Answer(StreamingResponse):
                 if self.clock() + delay >= self.heard + self.settings.openai_timeout:
                     raise
                 await asyncio.sleep(delay)
+                if self.started:  # by a heartbeat
+                    raise
         self.heard = self.clock()
         if "temperature" in self.ask.model_fields_set - body.keys():
             self.facts["ignored"] = ["temperature"]
@@ -1297,6 +1300,8 @@ def main() -> None:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
+        # uvloop does this by itself, asyncio would hold small writes back for 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as exc:
         sys.exit(f"cannot listen on API_HOST={host} API_PORT={port}: {exc.strerror}")
     app = create_app(settings)
