@@ -3,22 +3,41 @@ them an upstream whose bytes the test writes one by one."""
 
 import asyncio
 import json
+import logging
+import os
+import re
+import signal
 import socket
+import struct
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import FrozenInstanceError, dataclass, field, fields
+from datetime import UTC, datetime
+from email.utils import formatdate
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn
+from unittest.mock import ANY
 
 import pytest
+import pytest_asyncio
+import structlog
 import uvicorn
+from dotenv import dotenv_values
 from openai import DefaultAsyncHttpxClient
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import service
-from service import Settings
+from service import ConfigError, Settings
 
 KEY = "sk-test-0123456789"
-Start = Callable[..., Awaitable[DefaultAsyncHttpxClient]]
 
 
 @dataclass
@@ -66,14 +85,34 @@ class Call:
     def abort(self) -> None:
         self.writer.transport.abort()
 
+    async def reset(self) -> None:
+        """End the connection with a RST."""
+        linger = struct.pack("ii", 1, 0)
+        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.abort()
+
+    async def close(self) -> None:
+        """End the connection, whether or not the answer is complete."""
+        self.writer.close()
+
     async def hang(self) -> None:
         """Say nothing more until the service closes the connection, then set `left`."""
         with suppress(ConnectionError):
             await self.reader.read(1)
         self.left.set()
 
+    async def talk(self) -> None:
+        """An answer without an end, until the service closes the connection."""
+        await self.start()
+        leaving = asyncio.create_task(self.hang())
+        with suppress(ConnectionError):
+            while not leaving.done():
+                await self.say("la")
+                await asyncio.sleep(0.005)
+        await leaving
 
-Script = Callable[[Call], Awaitable[None]]
+
+Script = Callable[[Call], Awaitable[object]]
 
 
 def chunk(text: str | None = None, **more: Any) -> bytes:
@@ -111,6 +150,44 @@ async def answer(call: Call) -> None:
         await call.end()
     else:
         await call.reply(200, completion("Hola"))
+
+
+def play(*steps: bytes | Script) -> Script:
+    """A script of these steps; bytes are one HTTP chunk."""
+
+    async def script(call: Call) -> None:
+        for step in steps:
+            await (call.write(step) if isinstance(step, bytes) else step(call))
+
+    return script
+
+
+def stream(*steps: bytes | Script) -> Script:
+    return play(Call.start, *steps)
+
+
+def replies(status: int, body: object = b"", **headers: str) -> Script:
+    return lambda call: call.reply(status, body, **headers)
+
+
+@dataclass
+class Flood:
+    """A script that talks until the service takes no more, and goes on with *then*."""
+
+    then: Script
+    pieces: int = 0
+    blocked: asyncio.Event = field(default_factory=asyncio.Event)
+    piece = "x" * 2**18
+
+    async def __call__(self, call: Call) -> None:
+        await call.start()
+        with suppress(TimeoutError):
+            while self.pieces < 256:
+                self.pieces += 1
+                async with asyncio.timeout(0.5):
+                    await call.say(self.piece)
+        self.blocked.set()
+        await self.then(call)
 
 
 @dataclass
@@ -154,36 +231,49 @@ async def upstream() -> AsyncIterator[FakeUpstream]:
 @asynccontextmanager
 async def serve(app: ASGIApp) -> AsyncIterator[str]:
     """Run *app* under a real server on a free loopback port; yields its base URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    async with asyncio.timeout(10):
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event
-            await asyncio.sleep(0.005)
+    config = uvicorn.Config(app, port=0, log_config=None)
+    config.load()
+    # Not Server.serve(), whose pauses would cost each test a quarter of a second.
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = True
-        await running
+        for each in server.servers:
+            each.close()
+        await server.lifespan.shutdown()
+
+
+class Client(DefaultAsyncHttpxClient):
+    """A client that waits at most ten seconds for a whole answer."""
+
+    async def request(self, *args: Any, **kwargs: Any) -> Any:
+        async with asyncio.timeout(10):
+            return await super().request(*args, **kwargs)
+
+
+Start = Callable[..., Awaitable[Client]]
 
 
 @pytest.fixture
 async def start(upstream: FakeUpstream) -> AsyncIterator[Start]:
-    """Start a service before the fake upstream, with other settings where a test wants them."""
+    """Start a service before an upstream that plays *scripts*, with other *settings* if need be."""
     async with AsyncExitStack() as owned:
 
-        async def start(**settings: Any) -> DefaultAsyncHttpxClient:
+        async def start(*scripts: Script, **settings: Any) -> Client:
+            upstream.scripts = [*scripts] or upstream.scripts
             known = {"openai_api_key": KEY, "openai_base_url": upstream.url}
             app = service.create_app(Settings(**{**known, **settings}))
             url = await owned.enter_async_context(serve(app))
-            client = DefaultAsyncHttpxClient(base_url=url, timeout=20)
+            client = Client(base_url=url, timeout=10, verify=False)
             return await owned.enter_async_context(client)
 
         yield start
 
 
 @pytest.fixture
-async def client(start: Start) -> DefaultAsyncHttpxClient:
+async def client(start: Start) -> Client:
     return await start()
 
 
@@ -197,7 +287,7 @@ def events(stream: bytes | str) -> list[Any]:
     return [each if each == "[DONE]" else json.loads(each) for each in data]
 
 
-async def closings(client: DefaultAsyncHttpxClient, count: int = 1) -> list[Any]:
+async def closings(client: Client, count: int = 1) -> list[Any]:
     """The closing events in the log, oldest first, as soon as there are *count* of them."""
     async with asyncio.timeout(5):
         while True:
@@ -207,31 +297,1724 @@ async def closings(client: DefaultAsyncHttpxClient, count: int = 1) -> list[Any]
                 return closed
 
 
-async def test_a_stream_ends_with_done_and_the_end_mark(client):
-    response = await client.post("/ask", json={"prompt": "Hola"})
-    done = {"type": "done", "finish_reason": "stop", "tokens_used": 7, "model": "gpt-real"}
-    pieces = [{"type": "delta", "content": "Ho"}, {"type": "delta", "content": "la"}]
-    assert events(response.content) == [*pieces, done, "[DONE]"]
+@dataclass
+class Wire:
+    """A client on a bare socket, which sees what the service wrote at a time."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    head: str = ""
+    length: int | None = None
+
+    async def write(self) -> bytes:
+        """One write of the service, an HTTP chunk or a whole body; empty where there is no more."""
+        async with asyncio.timeout(5):
+            if not self.head:
+                self.head = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
+                if whole := re.search(r"content-length: (\d+)", self.head):
+                    self.length = int(whole[1])
+            if self.length is not None:
+                size, self.length = self.length, 0
+                return await self.reader.readexactly(size)
+            size = int(await self.reader.readuntil(b"\r\n"), 16)
+            return (await self.reader.readexactly(size + 2))[:-2]
+
+    async def rest(self) -> list[bytes]:
+        """All further writes."""
+        writes = []
+        while data := await self.write():
+            writes.append(data)
+        return writes
 
 
-async def test_a_plain_answer_is_one_json_object(client):
-    response = await client.post("/ask", json={"prompt": "Hola", "stream": False})
-    assert response.json() == {
-        "response": "Hola",
-        "tokens_used": 7,
-        "finish_reason": "stop",
-        "model": "gpt-real",
-    }
+@asynccontextmanager
+async def asking(client: Client, **ask: Any) -> AsyncIterator[Wire]:
+    """An ask under way; its client leaves at the end of the block."""
+    body = json.dumps({"prompt": "Hola", **ask})
+    fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    host, port = client.base_url.host, client.base_url.port
+    reader, writer = await asyncio.open_connection(host, port)
+    head = f"POST /ask HTTP/1.1\r\nhost: localhost\r\nx-request-id: ask-1\r\n{fields}\r\n"
+    writer.write(f"{head}{body}".encode())
+    try:
+        yield Wire(reader, writer)
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
-async def test_a_client_that_leaves_before_the_upstream_answers_closes_the_upstream(
-    client, upstream
-):
-    upstream.scripts = [Call.hang]
-    asking = asyncio.create_task(client.post("/ask", json={"prompt": "Hola"}))
-    await upstream.called.wait()
-    asking.cancel()
-    async with asyncio.timeout(5):
-        await upstream.calls[0].left.wait()
+def delta(text: str) -> dict[str, str]:
+    return {"type": "delta", "content": text}
+
+
+def done(**facts: object) -> dict[str, object]:
+    usual = {"type": "done", "finish_reason": "stop", "tokens_used": 7, "model": "gpt-real"}
+    return usual | facts
+
+
+def fault(code: str, status: int, **more: object) -> dict[str, object]:
+    """An `error` event; what it says to a person is its own business."""
+    event = {"type": "error", "error": ANY, "code": code, "status": status}
+    return event | {"request_id": ANY, **more}
+
+
+def told(response: Any) -> tuple[int, str]:
+    """The status and code of a problem."""
+    problem = response.json()
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["status"] == response.status_code
+    return problem["status"], problem["code"]
+
+
+async def soon(event: asyncio.Event, limit: float = 5) -> None:
+    async with asyncio.timeout(limit):
+        await event.wait()
+
+
+async def cancelled(client: Client) -> None:
+    """The one ask there was is over and counted as cancelled."""
     (closing,) = await closings(client)
     assert (closing["level"], closing["message"]) == ("WARNING", "ask cancelled")
+    counts = (await client.get("/status")).json()["asks"]
+    assert counts == {"active": 0, "total": 1, "failed": 0, "cancelled": 1}
+
+
+def cases(names: str, table: dict[str, Any]) -> pytest.MarkDecorator:
+    """A parametrize whose cases have names."""
+    return pytest.mark.parametrize(names, table.values(), ids=table.keys())
+
+
+ASK = {"prompt": "Hola"}
+PLAIN = {"prompt": "Hola", "stream": False}
+FULL = {"prompt": "Hola", "temperature": 0.7, "max_tokens": 9}
+PING = b": ping\n\n"
+
+
+async def test_what_arrives_together_leaves_together_while_the_upstream_is_still_talking(start):
+    go = asyncio.Event()
+    rest = (lambda _: go.wait(), FINISH, DONE, Call.end)
+    async with asking(await start(stream(chunk("Ho") + chunk("la"), *rest))) as wire:
+        assert events(await wire.write()) == [delta("Ho"), delta("la")]
+        go.set()
+        assert [events(write) for write in await wire.rest()] == [[done(), "[DONE]"]]
+
+
+async def test_a_stream_says_what_it_is(client):
+    async with asking(client) as wire:
+        await wire.rest()
+    _, *lines = wire.head.splitlines()
+    assert {
+        "content-type: text/event-stream; charset=utf-8",
+        "cache-control: no-cache, no-transform",
+        "x-accel-buffering: no",
+        "x-request-id: ask-1",
+    } < {*lines}
+
+
+@cases("end", {"LF": "\n", "CRLF": "\r\n", "CR": "\r"})
+async def test_a_stream_in_single_bytes_arrives_to_the_letter(start, end):
+    text = 'Olá, señor 😀\u2028 "\\"\r\n\tend\n\n'
+    lines = []
+    for letter in text:
+        data = json.dumps({"choices": [{"delta": {"content": letter}}]}, ensure_ascii=False)
+        lines += ["id: 1", f"data:{data[:12]}", ": in the middle", f"data: {data[12:]}", ""]
+    sent = end.join(["\ufeffdata: {}", "", *lines, *(FINISH + DONE).decode().split("\n")]).encode()
+    client = await start(stream(*(sent[i : i + 1] for i in range(len(sent))), Call.end))
+    async with asking(client) as wire:
+        writes = [events(write) for write in await wire.rest()]
+    *said, last, mark = [event for write in writes for event in write]
+    assert said == [delta(letter) for letter in text]
+    assert [last, mark] == writes[-1][-2:] == [done(), "[DONE]"]
+
+
+async def test_an_event_of_eight_megabytes_arrives_in_one_write(start):
+    text = "é" * 2**20 + "x" * 2**21  # an escape of six bytes for each é
+    event = chunk(text)
+    pieces = (event[i : i + 2**14] for i in range(0, len(event), 2**14))
+    async with asking(await start(stream(*pieces, FINISH + DONE, Call.end))) as wire:
+        assert events(await wire.write())[0] == delta(text)
+
+
+async def test_text_goes_out_as_it_reads_but_for_half_a_surrogate_pair(start):
+    streams = stream(chunk("é😀\ud83d"), chunk("\ude00"), FINISH + DONE, Call.end)
+    client = await start(streams, replies(200, completion("é😀\ud83d")))
+    streamed = await client.post("/ask", json=ASK)
+    assert events(streamed.content)[:2] == [delta("é😀\ud83d"), delta("\ude00")]
+    plain = await client.post("/ask", json=PLAIN)
+    assert plain.json()["response"] == "é😀\ud83d"
+    for response in (streamed, plain):
+        assert 'é😀\\ud83d"'.encode() in response.content
+
+
+async def test_chunks_without_text_are_skipped_and_a_refusal_is_text(start):
+    empty: list[object] = [{}, {"choices": []}, {"choices": None}, {"choices": [{}]}]
+    for nothing in (None, {}, {"role": "assistant"}, {"content": ""}, {"content": None}):
+        empty.append({"choices": [{"delta": nothing}]})
+    skipped = b"".join(b"data: %b\n\n" % json.dumps(each).encode() for each in empty)
+    no = b'data: {"choices":[{"delta":{"content":null,"refusal":"No."}}]}\n\n'
+    client = await start(stream(skipped + chunk("Ho") + skipped + no, FINISH + DONE, Call.end))
+    response = await client.post("/ask", json=ASK)
+    assert events(response.content) == [delta("Ho"), delta("No."), done(), "[DONE]"]
+
+
+@cases(
+    "reason, more, facts",
+    {
+        "length": ("length", {}, {"finish_reason": "length"}),
+        "filter": ("content_filter", {}, {"finish_reason": "content_filter"}),
+        "Ollama's end": (None, {}, {"finish_reason": None}),
+        "model": ("stop", {"model": "gpt-other"}, {"model": "gpt-other"}),
+        "usage": ("stop", {"usage": {"total_tokens": 9}}, {"tokens_used": 9}),
+        "Groq's": ("stop", {"x_groq": {"usage": {"total_tokens": 9}}}, {"tokens_used": 9}),
+        "no usage": ("stop", {"usage": None, "x_groq": {"id": "x"}}, {"tokens_used": None}),
+    },
+)
+async def test_what_the_upstream_tells_of_its_answer_is_told(start, reason, more, facts):
+    said = {"finish_reason": reason, "delta": {"content": "Hola"}, "message": {"content": "Hola"}}
+    last = {"choices": [said], **more}
+    streams = stream(b"data: %b\n\n" % json.dumps(last).encode() + DONE, Call.end)
+    client = await start(streams, replies(200, last))
+    expected = {"finish_reason": "stop", "tokens_used": None, "model": "gpt-5.4-mini", **facts}
+    response = await client.post("/ask", json=ASK)
+    assert events(response.content) == [delta("Hola"), {"type": "done", **expected}, "[DONE]"]
+    response = await client.post("/ask", json=PLAIN)
+    assert response.json() == {"response": "Hola", **expected}
+    assert response.headers["content-type"] == "application/json"
+
+
+async def unsized(call: Call) -> None:
+    """A stream without a length: it ends where the connection does."""
+    await call.raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+    await call.raw(chunk("Hola") + FINISH)
+    await call.close()
+
+
+HOLA = chunk("Hola")
+ERROR = b'data: {"error":{"message":"SECRET","code":500}}\n\n'
+HALF = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+HTML = b"<html><h1>SECRET</h1></html>"
+
+
+async def cut(call: Call) -> None:
+    await call.raw(HALF)
+    await call.close()
+
+
+async def half(call: Call) -> None:
+    await call.raw(HALF)
+    await call.hang()
+
+
+async def garbage(call: Call) -> None:
+    await call.raw(b"\x00\xffSECRET that is no HTTP\r\n\r\n")
+    await call.close()
+
+
+@cases(
+    "script",
+    {
+        "finish_reason, close": stream(HOLA, FINISH, Call.end),
+        "finish_reason, end of connection": unsized,
+        "[DONE], open": stream(HOLA, FINISH + DONE, Call.hang),
+        "[DONE], reset": stream(HOLA, FINISH + DONE, Call.reset),
+        "[DONE], more": stream(HOLA, FINISH + DONE + chunk("more") + b"data: {\n\n", Call.end),
+        "[DONE] alone, in an open line": stream(HOLA, DONE.strip(), Call.end),
+    },
+)
+async def test_an_end_of_the_upstream_is_an_end(start, script):
+    response = await (await start(script)).post("/ask", json=ASK)
+    text, last, mark = events(response.content)
+    assert (text, last["type"], mark) == (delta("Hola"), "done", "[DONE]")
+
+
+@cases(
+    "script",
+    {
+        "close": stream(HOLA, Call.end),
+        "cut": stream(HOLA, Call.close),
+        "reset": stream(HOLA, Call.reset),
+        "finish_reason, cut": stream(HOLA + FINISH, Call.close),
+        "finish_reason, reset": stream(HOLA + FINISH, Call.reset),
+        "error": stream(HOLA + ERROR + DONE, Call.end),
+        "HTML": stream(HOLA + b"data: " + HTML + b"\n\n" + DONE, Call.end),
+        "null": stream(HOLA + b"data: null\n\n" + DONE, Call.end),
+        "number": stream(HOLA + b'data: {"choices":[{"delta":{"content":5}}]}\n\n', Call.hang),
+        "depth": stream(HOLA + b"data: " + b"[" * 100_000 + b"\n\n" + DONE, Call.end),
+    },
+)
+async def test_anything_else_is_an_error_and_never_looks_complete(start, script):
+    client = await start(script)
+    response = await client.post("/ask", json=ASK, headers={"X-Request-ID": "ask-1"})
+    expected = fault("upstream_error", 502, request_id="ask-1")
+    assert events(response.content) == [delta("Hola"), expected]
+    assert "SECRET" not in response.text
+    (closing,) = await closings(client)
+    assert (closing["level"], closing["message"]) == ("ERROR", "ask failed")
+
+
+@cases(
+    "ask, script",
+    {
+        "close": (ASK, Call.close),
+        "reset": (ASK, Call.reset),
+        "no HTTP": (ASK, garbage),
+        "empty stream": (ASK, stream(Call.end)),
+        "cut stream": (ASK, stream(Call.reset)),
+        "error": (ASK, stream(ERROR, DONE, Call.end)),
+        "HTML for a stream": (ASK, replies(200, HTML, content_type="text/html")),
+        "HTML": (PLAIN, replies(200, HTML, content_type="text/html")),
+        "error object": (PLAIN, replies(200, refused("SECRET"))),
+        "no choices": (PLAIN, replies(200, {"choices": []})),
+        "no message": (PLAIN, replies(200, {"choices": [{"message": None}]})),
+        "list": (PLAIN, replies(200, [])),
+        "nothing": (PLAIN, replies(200, b"")),
+        "cut": (PLAIN, cut),
+        "plain close": (PLAIN, Call.close),
+    },
+)
+async def test_an_answer_that_is_none_has_a_status(start, ask, script):
+    response = await (await start(script, openai_max_retries=0)).post("/ask", json=ask)
+    assert told(response) == (502, "upstream_error")
+    assert "SECRET" not in response.text
+
+
+async def test_bytes_that_are_no_text_are_replaced(start):
+    script = stream(chunk("?").replace(b"?", b"\xff"), FINISH + DONE, Call.end)
+    client = await start(script, replies(200, b'{"choices":[{"message":{"content":"\xff"}}]}'))
+    response = await client.post("/ask", json=ASK)
+    assert events(response.content) == [delta("\ufffd"), done(), "[DONE]"]
+    assert (await client.post("/ask", json=PLAIN)).json()["response"] == "\ufffd"
+
+
+async def test_pings_fill_the_silence_before_the_head_and_between_deltas(start):
+    go = [asyncio.Event() for _ in range(3)]
+    head, first, second = (lambda _, each=each: each.wait() for each in go)
+    rest = stream(first, chunk("Ho"), second, chunk("la"), FINISH + DONE, Call.end)
+    written = b""
+    async with asking(await start(play(head, rest), heartbeat_seconds=0.05)) as wire:
+        for each in go:
+            while (write := await wire.write()) != PING:
+                written += write
+            each.set()
+        written += b"".join(await wire.rest())
+    assert events(written) == [delta("Ho"), delta("la"), done(), "[DONE]"]
+
+
+@cases(
+    "script, expected",
+    {
+        "500": (replies(500), fault("upstream_error", 502)),
+        "429": (replies(429, retry_after="1.5"), fault("rate_limited", 429, retry_after=2)),
+        "400": (replies(400, refused("No.")), fault("upstream_rejected", 400, error="No.")),
+        "close": (Call.close, fault("upstream_error", 502)),
+    },
+)
+async def test_what_fails_after_a_ping_is_an_event(start, upstream, script, expected):
+    go = asyncio.Event()
+    client = await start(play(lambda _: go.wait(), script), heartbeat_seconds=0.05)
+    async with asking(client) as wire:
+        assert await wire.write() == PING
+        go.set()
+        assert events(b"".join(await wire.rest())) == [expected]
+    assert len(upstream.calls) == 1
+    (closing,) = await closings(client)
+    assert (closing["message"], closing["metadata"]["code"]) == ("ask failed", expected["code"])
+
+
+async def test_what_failed_before_a_ping_is_not_tried_again_after_it(start, upstream):
+    # Between two tries pass 0.19 s at least: time for a ping, if that is sent between them.
+    client = await start(replies(503), answer, heartbeat_seconds=0.05)
+    response = await client.post("/ask", json=ASK)
+    assert (PING in response.content, len(upstream.calls)) in {(True, 1), (False, 2)}
+
+
+async def test_a_plain_ask_has_a_status_however_late_it_fails(start):
+    async def late(call: Call) -> None:
+        await asyncio.sleep(0.1)  # Ten heartbeats, of which a plain answer has none.
+        await call.reply(404, refused("No such model."))
+
+    response = await (await start(late, heartbeat_seconds=0.01)).post("/ask", json=PLAIN)
+    assert told(response) == (400, "upstream_rejected")
+
+
+async def test_only_what_was_asked_goes_upstream(client, upstream):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Yes."}]
+    last = {"role": "user", "content": "Hola"}
+    await client.post("/ask", json=ASK)
+    await client.post("/ask", json={**ASK, "history": turns, "temperature": 0, "max_tokens": 9})
+    await client.post("/ask", json={**PLAIN, "temperature": 0.7})
+    usual = {"model": "gpt-5.4-mini", "stream": True, "stream_options": {"include_usage": True}}
+    assert [call.body for call in upstream.calls] == [
+        {**usual, "messages": [last]},
+        {**usual, "messages": [*turns, last], "temperature": 0, "max_tokens": 9},
+        {"model": "gpt-5.4-mini", "stream": False, "messages": [last], "temperature": 0.7},
+    ]
+    assert {call.path for call in upstream.calls} == {"/v1/chat/completions"}
+    assert {call.headers["authorization"] for call in upstream.calls} == {f"bearer {KEY}"}
+
+
+@pytest.fixture
+def proxy(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> FakeUpstream:
+    """The fake upstream, reached at the address of any host but this."""
+    monkeypatch.setenv("HTTP_PROXY", upstream.url.removesuffix("/v1"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return upstream
+
+
+OLD, NEW, HEAT = "max_tokens", "max_completion_tokens", "temperature"
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("api.openai.com", NEW),
+        ("EU.API.OpenAI.com", NEW),
+        ("x.openai.azure.com", NEW),
+        ("x.services.ai.azure.com", NEW),
+        ("evil-openai.com", OLD),
+        ("openai.com.example", OLD),
+        ("localhost:11434", OLD),
+    ],
+)
+async def test_the_host_decides_how_the_token_limit_is_called(start, proxy, host, name):
+    await (await start(openai_base_url=f"http://{host}/v1")).post("/ask", json=FULL)
+    body = proxy.calls[0].body
+    assert {key: body[key] for key in (OLD, NEW) if key in body} == {name: 9}
+
+
+UNSUPPORTED = "Unsupported parameter: '{}' is not supported with this model."
+USE_NEW = f"{UNSUPPORTED.format(OLD)} Use '{NEW}' instead."
+ONLY_ONE = (
+    f"Unsupported value: '{HEAT}' does not support 0.7 with this model. "
+    "Only the default (1) value is supported."
+)
+LITELLM = (
+    f"litellm.UnsupportedParamsError: gpt-5 models (including codex) don't support {HEAT}=0.7."
+    f" Only {HEAT}=1 is supported. For gpt-5.1, {HEAT} is supported when reasoning_effort='none'"
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "code", "message"),
+    [
+        (OLD, "unsupported_parameter", USE_NEW),
+        (OLD, "unsupported_parameter", "Nein."),
+        (OLD, "invalid_request_body", USE_NEW),  # Copilot
+        (OLD, None, USE_NEW),
+        (NEW, None, f"Unrecognized request argument supplied: {NEW}"),  # Azure
+        (NEW, None, f"property '{NEW}' is unsupported, did you mean '{OLD}'?"),  # Groq
+        (HEAT, "unsupported_value", ONLY_ONE),
+        (HEAT, None, ONLY_ONE),
+        (HEAT, None, UNSUPPORTED.format(HEAT)),
+        (HEAT, None, f"Model x does not support the {HEAT} parameter."),  # Databricks
+        (HEAT, "400", LITELLM),
+        (HEAT, "400", f"openai does not support parameters: {{'{HEAT}': 1}}, for model=o1-mini."),
+        (HEAT, None, f"`{HEAT}` is deprecated for this model."),  # Anthropic
+    ],
+)
+async def test_a_refused_field_costs_one_call_the_first_time(start, proxy, field, code, message):
+    first = replies(400, refused(message, code, code and field))
+    url = "http://api.openai.com/v1" if field == NEW else "http://localhost/v1"
+    client = await start(first, answer, openai_base_url=url, openai_max_retries=0)
+    ignored = {"ignored": [HEAT]} if field == HEAT else {}
+    for _ in range(2):
+        response = await client.post("/ask", json=FULL)
+        assert events(response.content)[-2] == done(**ignored)
+    plain = await client.post("/ask", json={**FULL, "stream": False})
+    assert plain.json().get("ignored") == ignored.get("ignored")
+    without = await client.post("/ask", json=PLAIN)
+    assert "ignored" not in without.json()
+    sent, *later, _ = [call.body for call in proxy.calls]
+    assert sent.pop(field)
+    sent |= {OLD: {NEW: 9}, NEW: {OLD: 9}, HEAT: {}}[field]
+    assert later[:2] == [sent, sent]
+    del sent["stream_options"]
+    assert later[2:] == [sent | {"stream": False}]
+    (warning,) = (await client.get("/logs?level=WARNING")).json()
+    assert field in str(warning["metadata"])
+
+
+async def test_a_model_that_refuses_two_fields_costs_three_calls(start, upstream):
+    client = await start(*(replies(400, refused(each)) for each in (ONLY_ONE, USE_NEW)), answer)
+    for calls in (3, 4):
+        response = await client.post("/ask", json=FULL)
+        assert events(response.content)[-2] == done(ignored=[HEAT])
+        assert len(upstream.calls) == calls
+
+
+async def test_a_model_that_refuses_both_token_fields_is_not_asked_for_ever(start, upstream):
+    refusals = (USE_NEW, UNSUPPORTED.format(NEW))
+    client = await start(*(replies(400, refused(each)) for each in refusals))
+    response = await client.post("/ask", json=FULL)
+    assert told(response) == (400, "upstream_rejected")
+    assert len(upstream.calls) == 2
+
+
+async def test_asks_that_are_refused_at_the_same_time_learn_the_same(start, upstream):
+    both = asyncio.Barrier(2)
+    refusal = play(lambda _: both.wait(), replies(400, refused(USE_NEW)))
+    client = await start(refusal, refusal, answer)
+    asks = (client.post("/ask", json=PLAIN | {OLD: 9}) for _ in range(2))
+    assert [response.status_code for response in await asyncio.gather(*asks)] == [200, 200]
+    assert [OLD in call.body for call in upstream.calls] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("status", "param", "code", "message"),
+    [
+        (400, None, None, f"Setting '{OLD}' and '{NEW}' at the same time is not supported."),
+        (400, OLD, None, f"{OLD} is too large: 6000. This model supports at most 4096 tokens."),
+        (400, None, None, f"'{OLD}' or '{NEW}' is too large: 64000."),  # vLLM
+        (400, OLD, "InvalidParameter", f"The parameter `{OLD}` specified is not valid: too large"),
+        (400, HEAT, "decimal_above_max_value", f"Invalid '{HEAT}': decimal above maximum value."),
+        (400, None, None, f"`{HEAT}` and `top_p` cannot both be specified for this model."),
+        (400, "tools", "unsupported_parameter", UNSUPPORTED.format("tools")),
+        (400, None, None, f"Parameter 'top_p' is not supported. Lower '{HEAT}' instead."),
+        (422, OLD, "unsupported_parameter", USE_NEW),
+    ],
+)
+async def test_a_mere_mention_is_handed_on(start, upstream, status, param, code, message):
+    client = await start(replies(status, refused(message, code, param)), answer)
+    response = await client.post("/ask", json=FULL)
+    assert told(response) == (400, "upstream_rejected")
+    assert response.json()["detail"] == message
+    response = await client.post("/ask", json=FULL)
+    assert events(response.content)[-2] == done()
+    assert upstream.calls[0].body == upstream.calls[1].body
+
+
+async def test_the_refusal_of_a_field_that_was_not_sent_is_handed_on(start, upstream):
+    client = await start(replies(400, refused(ONLY_ONE, "unsupported_value", HEAT)))
+    assert told(await client.post("/ask", json=ASK)) == (400, "upstream_rejected")
+    assert len(upstream.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "code", "calls"),
+    [
+        *((status, 400, "upstream_rejected", 1) for status in (400, 404, 413, 422)),
+        *((status, 502, "upstream_auth", 1) for status in (401, 403)),
+        (429, 429, "rate_limited", 2),
+        *((status, 502, "upstream_error", 2) for status in (408, 409, 500, 503, 529)),
+        *((status, 502, "upstream_error", 1) for status in (302, 307, 402, 418)),
+    ],
+)
+async def test_a_status_of_the_upstream_becomes_ours(start, upstream, theirs, ours, code, calls):
+    script = replies(theirs, refused("SECRET"), location=f"{upstream.url}/models")
+    client = await start(script, openai_max_retries=1)
+    for each in await asyncio.gather(*(client.post("/ask", json=ask) for ask in (ASK, PLAIN))):
+        assert told(each) == (ours, code)
+        assert ("SECRET" in each.text) is (ours != 502)
+    assert len(upstream.calls) == 2 * calls
+    for event in await closings(client, 2):
+        assert event["message"] == "ask failed"
+        assert (event["metadata"]["status"], event["metadata"]["code"]) == (ours, code)
+
+
+async def test_an_upstream_without_a_port_is_unreachable(start):
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unheard.getsockname()[1]}/v1"
+        client = await start(openai_base_url=url, openai_max_retries=1)
+        assert told(await client.post("/ask", json=ASK)) == (502, "upstream_unreachable")
+
+
+@cases(
+    "body",
+    {
+        "OpenAI": {"error": {"message": "Too long: é"}},
+        "Ollama": {"error": "Too long: é"},
+        "Mistral": {"object": "error", "message": "Too long: é"},
+        "FastAPI": {"detail": "Too long: é"},
+        "Google": [{"error": {"message": "Too long: é"}}],
+    },
+)
+async def test_the_upstreams_own_message_is_handed_on(start, body):
+    response = await (await start(replies(400, body))).post("/ask", json=ASK)
+    assert response.json()["detail"] == "Too long: é"
+
+
+@pytest.mark.parametrize("status", [400, 429])
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+async def test_a_page_of_html_is_never_handed_on(start, status, kind):
+    client = await start(replies(status, HTML, content_type=kind), openai_max_retries=0)
+    response = await client.post("/ask", json=ASK)
+    assert (response.status_code, "<" in response.text) == (status, False)
+
+
+async def test_a_key_in_the_upstreams_message_is_masked(start):
+    keys = (KEY, "sk-other-0123456789", "Bearer abc.def")
+    client = await start(replies(400, refused(f"These are wrong: {', '.join(keys)}.")))
+    response = await client.post("/ask", json=ASK)
+    assert response.json()["detail"].startswith("These are wrong: ")
+    assert not any(key in response.text for key in keys)
+
+
+LONG_AGO = formatdate(0, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("7", "7"), ("2.2", "3"), ("0", "0"), ("-5", "0"), (LONG_AGO, "0"), (None, None)]
+    + [(text, None) for text in ("nan", "inf", "soon", "")],
+)
+async def test_retry_after_is_handed_on_in_whole_seconds(start, theirs, ours):
+    header = {} if theirs is None else {"retry_after": theirs}
+    client = await start(replies(429, refused("Slow down."), **header), openai_max_retries=0)
+    response = await client.post("/ask", json=ASK)
+    assert (response.status_code, response.json()["detail"]) == (429, "Slow down.")
+    assert response.headers.get("retry-after") == ours
+
+
+async def test_a_long_retry_after_is_told_at_once_a_date_in_seconds(start, upstream):
+    later = formatdate(time.time() + 30, usegmt=True)
+    response = await (await start(replies(429, retry_after=later))).post("/ask", json=ASK)
+    assert 25 <= int(response.headers["retry-after"]) <= 30
+    assert len(upstream.calls) == 1
+
+
+@pytest.mark.parametrize("fails", [replies(429, retry_after="1"), replies(503), Call.close])
+async def test_another_try_may_help(start, upstream, fails):
+    client = await start(fails, answer, openai_max_retries=1)
+    assert (await client.post("/ask", json=ASK)).status_code == 200
+    assert len(upstream.calls) == 2
+    (closing,) = await closings(client)
+    assert closing["message"] == "ask finished"
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+async def test_there_are_as_many_further_tries_as_allowed(start, upstream, retries):
+    client = await start(replies(503), openai_max_retries=retries)
+    assert told(await client.post("/ask", json=ASK)) == (502, "upstream_error")
+    assert len(upstream.calls) == 1 + retries
+
+
+@cases(
+    "ask, script",
+    {
+        "stream": (ASK, Call.hang),
+        "stream, after its head": (ASK, stream(Call.hang)),
+        "plain": (PLAIN, Call.hang),
+        "plain, half said": (PLAIN, half),
+    },
+)
+async def test_silence_from_the_start_is_a_504(start, upstream, ask, script):
+    client = await start(script, openai_timeout=0.2, openai_max_retries=9)
+    begun = time.monotonic()
+    assert told(await client.post("/ask", json=ask)) == (504, "upstream_timeout")
+    assert 0.2 <= time.monotonic() - begun < 1.2
+    await soon(upstream.calls[0].left, 1)
+    assert len(upstream.calls) == 1
+
+
+async def test_tries_that_hear_nothing_share_one_timeout(start):
+    async def hang_up(call: Call) -> None:
+        await asyncio.sleep(0.2)  # Each try is shorter than the time-out, all of them are not.
+        await call.close()
+
+    client = await start(hang_up, openai_timeout=0.4, openai_max_retries=4)
+    begun = time.monotonic()
+    assert (await client.post("/ask", json=ASK)).status_code in {502, 504}
+    assert time.monotonic() - begun < 1.4
+
+
+@cases(
+    "script, heartbeat, said",
+    {
+        "delta": (stream(chunk("Ho"), Call.hang), 15, [delta("Ho")]),
+        "ping": (Call.hang, 0.05, []),
+    },
+)
+async def test_silence_after_the_first_byte_is_an_event(start, upstream, script, heartbeat, said):
+    client = await start(script, openai_timeout=0.2, heartbeat_seconds=heartbeat)
+    response = await client.post("/ask", json=ASK)
+    assert events(response.content) == [*said, fault("upstream_timeout", 504)]
+    await soon(upstream.calls[0].left, 1)
+
+
+async def test_an_upstream_that_keeps_talking_is_not_timed_out_nor_are_pings_kept_back(start):
+    async def drip(call: Call) -> None:
+        for piece in (b": thinking\n\n", b"data: ", b'{"choices":[]}', b"\n\n") * 3:
+            await asyncio.sleep(0.05)  # A fifth of the time-out, and twice as long in all.
+            await call.write(piece)
+
+    script = stream(drip, HOLA, FINISH + DONE, Call.end)
+    client = await start(script, openai_timeout=0.25, heartbeat_seconds=0.1)
+    response = await client.post("/ask", json=ASK)
+    assert response.text.startswith(": ping\n\n")
+    assert events(response.content) == [delta("Hola"), done(), "[DONE]"]
+
+
+@cases(
+    "ask, script, said",
+    {
+        "before its head": (ASK, Call.hang, False),
+        "after its head": (ASK, stream(Call.hang), False),
+        "after a delta": (ASK, stream(HOLA, Call.hang), True),
+        "while it talks": (ASK, Call.talk, True),
+        "plain": (PLAIN, Call.hang, False),
+        "plain, half said": (PLAIN, half, False),
+    },
+)
+async def test_a_client_that_leaves_closes_the_upstream(start, upstream, ask, script, said):
+    client = await start(script, answer)
+    async with asking(client, **ask) as wire:
+        await soon(upstream.called)
+        if said:
+            await wire.write()
+    await soon(upstream.calls[0].left, 1)
+    await cancelled(client)
+
+
+async def test_a_client_that_leaves_unread_text_closes_the_upstream(start, upstream):
+    flood = Flood(then=Call.hang)
+    client = await start(flood, answer)
+    async with asking(client):
+        await soon(flood.blocked, 10)
+    await soon(upstream.calls[0].left, 1)
+    await cancelled(client)
+
+
+async def test_a_client_that_leaves_between_two_tries_is_not_tried_for_again(start, upstream):
+    client = await start(replies(500), answer)
+    async with asking(client):
+        await soon(upstream.called)
+    await cancelled(client)
+    assert [call.method for call in upstream.calls] == ["POST", "GET"]
+
+
+async def test_a_client_that_closes_at_the_end_mark_has_its_answer(start, upstream):
+    client = await start(stream(HOLA, FINISH + DONE, Call.hang))
+    async with asking(client) as wire:
+        while b"[DONE]" not in await wire.write():
+            pass
+    (closing,) = await closings(client)
+    assert (closing["level"], closing["message"]) == ("INFO", "ask finished")
+    await soon(upstream.calls[0].left, 1)
+
+
+@pytest.mark.parametrize("heartbeat", [0.1, 15])
+async def test_a_client_that_does_not_read_holds_up_the_upstream_and_the_clocks(start, heartbeat):
+    flood = Flood(then=play(FINISH + DONE, Call.end))
+    client = await start(flood, openai_timeout=0.4, heartbeat_seconds=heartbeat)
+    async with asking(client) as wire:
+        await soon(flood.blocked, 10)
+        assert flood.pieces < 128, "32 MB under way is more than the buffers of sockets hold"
+        spent = time.process_time()
+        await asyncio.sleep(0.3)  # Three heartbeats, and more than OPENAI_TIMEOUT in all.
+        assert time.process_time() - spent < 0.2
+        written = b"".join(await wire.rest())
+    assert written.count(PING) < 9
+    assert events(written) == [*[delta(Flood.piece)] * flood.pieces, done(), "[DONE]"]
+
+
+async def test_asks_over_the_limit_are_refused_until_a_place_is_free(start, upstream):
+    scripts = (Call.hang, replies(400), stream(HOLA, Call.reset), answer)
+    client = await start(*scripts, max_concurrent_asks=1)
+    async with asking(client):
+        await soon(upstream.called)
+        response = await client.post("/ask", json=ASK)
+        assert told(response) == (503, "overloaded")
+        assert response.headers["retry-after"] == "1"
+    assert [event["message"] for event in await closings(client)] == ["ask cancelled"]
+    statuses = [(await client.post("/ask", json=ask)).status_code for ask in (ASK, ASK, ASK, PLAIN)]
+    assert statuses == [400, 200, 200, 200]
+
+
+async def test_a_connection_to_the_upstream_is_used_again(start, upstream):
+    go = asyncio.Event()
+    client = await start(stream(HOLA, FINISH + DONE, lambda _: go.wait(), Call.end), answer)
+    async with asking(client) as wire:
+        await wire.rest()
+        go.set()
+        await closings(client)
+    for ask in (ASK, PLAIN, ASK):
+        await client.post("/ask", json=ask)
+    assert upstream.connections == 1
+
+
+async def test_every_accepted_ask_leaves_one_closing_event(start):
+    client = await start(answer, answer, replies(404), stream(chunk("Ho"), Call.end))
+    for body in ({}, {"prompt": " "}, {"prompt": "Hola", "n": 1}):
+        assert (await client.post("/ask", json=body)).status_code == 422
+    for name, ask in {"a": ASK, "b": PLAIN, "c": ASK, "d": ASK}.items():
+        await client.post("/ask", json=ask, headers={"X-Request-ID": name})
+    closed = await closings(client, 4)
+    for event in closed:
+        event["metadata"].pop("cause", None)
+        times = [event["metadata"].get("first_token_ms", 0), event["metadata"]["duration_ms"]]
+        assert 0 <= times[0] <= times[1] < 5000
+    common = {"prompt_chars": 4, "duration_ms": ANY, "stream": True, "model": "gpt-real"}
+    finished = {**common, "answer_chars": 4, "tokens_used": 7, "finish_reason": "stop"}
+    refused = {"model": "gpt-5.4-mini", "code": "upstream_rejected", "status": 400}
+    broken = {"first_token_ms": ANY, "answer_chars": 2, "code": "upstream_error", "status": 502}
+    assert [(event["level"], event["message"], event["metadata"]) for event in closed] == [
+        ("INFO", "ask finished", {**finished, "request_id": "a", "first_token_ms": ANY}),
+        ("INFO", "ask finished", {**finished, "request_id": "b", "stream": False}),
+        ("ERROR", "ask failed", {**common, "request_id": "c", **refused}),
+        ("ERROR", "ask failed", {**common, "request_id": "d", **broken}),
+    ]
+
+
+async def test_prompts_answers_keys_and_upstream_messages_reach_no_log(capfd, start, upstream):
+    scripts = [
+        stream(chunk("SECRET"), FINISH + DONE, Call.end),
+        *(replies(status, refused(f"SECRET {KEY}")) for status in (400, 401, 429, 500)),
+        replies(200, HTML),
+        stream(chunk("SECRET") + b"data: SECRET\n\n", Call.end),
+        stream(ERROR, Call.end),
+        garbage,
+        replies(200, completion("SECRET")),
+    ]
+    client = await start(*scripts, log_level="DEBUG", openai_max_retries=0)
+    turns = [{"role": "user", "content": "SECRET"}]
+    for number in range(len(scripts)):
+        ask = {"prompt": "SECRET", "history": turns, "stream": number < len(scripts) - 1}
+        await client.post("/ask", json=ask)
+    await closings(client, len(scripts))
+    seen = capfd.readouterr().out + (await client.get("/logs?limit=1000")).text
+    assert (seen.count("ask finished"), seen.count("ask failed")) == (4, 2 * len(scripts) - 4)
+    assert "SECRET" not in seen
+    assert KEY not in seen
+
+
+EVENTS = """data: é\u2028\x85😀
+: a comment
+event: x
+
+data:
+data:two
+data: lines
+id: 1
+
+retry: 1
+data:{"a":1}
+
+:
+
+"""
+
+
+@cases("end", {"LF": "\n", "CRLF": "\r\n", "CR": "\r"})
+def test_events_are_read_wherever_they_are_split(end):
+    raw = f"\ufeff{EVENTS}".replace("\n", end).encode()
+    for at in range(len(raw) + 1):
+        decoder = service.Decoder()
+        data = [each for part in (raw[:at], raw[at:], b"\n\n") for each in decoder.feed(part)]
+        assert data == ["é\u2028\x85😀", "\ntwo\nlines", '{"a":1}'], f"split at {at}"
+
+
+def test_a_large_event_in_small_pieces_takes_linear_time():
+    decoder = service.Decoder()
+    begun = time.process_time()
+    for piece in (b"data: ", *[b"x" * 2**10] * 2**13):
+        assert not [*decoder.feed(piece)]
+    assert [len(data) for data in decoder.feed(b"\n\n")] == [2**23]
+    # It takes about 0.05 s; joining all that came before to each piece takes more than 5 s.
+    assert time.process_time() - begun < 3
+
+
+HERE = Path(__file__).parent
+SERVICE = str(HERE / "service.py")
+UVICORN = ("-m", "uvicorn", "service:app", "--port", "0")
+PAGE = "http://localhost:4200"  # a browser app that may call by default
+TOKEN = "correct-horse-battery"
+JSON = {"Content-Type": "application/json"}
+NOTHING_YET = {"active": 0, "total": 0, "failed": 0, "cancelled": 0}
+TITLES = {
+    "400 Bad Request": "invalid_json host_not_allowed upstream_rejected",
+    "401 Unauthorized": "unauthorized",
+    "403 Forbidden": "origin_not_allowed",
+    "404 Not Found": "not_found",
+    "405 Method Not Allowed": "method_not_allowed",
+    "413 Content Too Large": "body_too_large",
+    "415 Unsupported Media Type": "unsupported_media_type",
+    "422 Unprocessable Content": "invalid_request",
+    "429 Too Many Requests": "rate_limited",
+    "500 Internal Server Error": "internal_error",
+    "502 Bad Gateway": "upstream_auth upstream_unreachable upstream_error",
+    "503 Service Unavailable": "not_configured overloaded",
+    "504 Gateway Timeout": "upstream_timeout",
+}
+PROBLEMS = {code: title for title, codes in TITLES.items() for code in codes.split()}
+KINDS = {str: "string", bool: "boolean", int: "integer", float: "number"}
+KINDS |= {NoneType: "null", dict: "object", list: "array"}
+# Cases of one rule share one service, which lives in the loop of the module.
+in_module = pytest.mark.asyncio(loop_scope="module")
+
+
+@asynccontextmanager
+async def serving(app: ASGIApp) -> AsyncIterator[DefaultAsyncHttpxClient]:
+    async with serve(app) as url, DefaultAsyncHttpxClient(base_url=url, timeout=20) as client:
+        yield client
+
+
+def inside(app: Any) -> Starlette:
+    """The application in whatever middleware stands around it."""
+    return app if isinstance(app, Starlette) else inside(app.app)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[DefaultAsyncHttpxClient]:
+    """A service without a key, called by a page that may, with the token."""
+    async with serving(service.create_app(Settings(api_token=TOKEN))) as client:
+        client.headers |= {"Origin": PAGE, "Authorization": f"Bearer {TOKEN}"}
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def document(shared: DefaultAsyncHttpxClient) -> Any:
+    return await load(shared, "/openapi.json")
+
+
+def problem(response: Any, code: str) -> dict[str, Any]:
+    """The body of *response*, which is the problem JSON of *code*, readable for a browser."""
+    body: dict[str, Any] = response.json()
+    assert (body["code"], f"{body['status']} {body['title']}") == (code, PROBLEMS[code])
+    assert body["status"] == response.status_code
+    assert response.headers["content-type"] == "application/problem+json"
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert " " in body["detail"], "a sentence for a person"
+    assert ("errors" in body) == (code == "invalid_request")
+    if response.request.headers.get("origin") == PAGE:
+        assert response.headers["access-control-allow-origin"] == PAGE
+        exposed = response.headers["access-control-expose-headers"].lower()
+        assert {"retry-after", "x-request-id"} == set(re.split(", *", exposed))
+    return body
+
+
+async def raw(client: DefaultAsyncHttpxClient, data: str) -> str:
+    """The code of the problem that answers *data*, which need not be a whole request."""
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(data.encode())
+    async with asyncio.timeout(5):
+        found = re.search(rb'"code":"(\w+)"', await reader.readuntil(b"}"))
+    writer.close()
+    return found[1].decode() if found else ""
+
+
+async def load(client: DefaultAsyncHttpxClient, path: str = "/logs?limit=1000") -> Any:
+    response = await client.get(path)
+    assert response.status_code == 200
+    return response.json()
+
+
+@asynccontextmanager
+async def python(*args: str, cwd: Path, **env: str) -> AsyncIterator[Process]:
+    """A process with nothing in its environment but *env*, for 20 seconds at most."""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(HERE), **env}
+    run = asyncio.create_subprocess_exec
+    child = await run(sys.executable, *args, cwd=cwd, env=env, stdout=PIPE, stderr=PIPE)
+    try:
+        async with asyncio.timeout(20):
+            yield child
+    finally:
+        with suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+
+
+async def finished(*args: str, cwd: Path, **env: str) -> tuple[int | None, str, list[str]]:
+    """The exit code, the output and the error lines of a process that ends by itself."""
+    async with python(*args, cwd=cwd, **env) as child:
+        out, err = await child.communicate()
+    return child.returncode, out.decode(), err.decode().splitlines()
+
+
+@dataclass
+class Running:
+    """A service in a process of its own; its output is read as far as a test asks for it."""
+
+    process: Process
+    client: DefaultAsyncHttpxClient
+    output: str = ""
+
+    async def read(self, pattern: str) -> str:
+        """What *pattern* finds in the next line that has it."""
+        assert self.process.stdout
+        while line := (await self.process.stdout.readline()).decode():
+            self.output += line
+            if found := re.search(pattern, line):
+                return found[1]
+        raise AssertionError(self.output)
+
+    async def ended(self) -> list[Any]:
+        """All events that it has written, and nothing else, once the process is gone."""
+        out, err = await self.process.communicate()
+        self.output += out.decode()
+        assert (err, "Traceback" in self.output) == (b"", False)
+        return [json.loads(line) for line in self.output.splitlines()]
+
+    async def refuses(self) -> None:
+        """Returns as soon as no new connection is taken."""
+        with suppress(ConnectionError):
+            while True:
+                host, port = self.client.base_url.host, self.client.base_url.port
+                _, writer = await asyncio.open_connection(host, port)
+                writer.close()
+
+
+@asynccontextmanager
+async def launched(*args: str, cwd: Path, **env: str) -> AsyncIterator[Running]:
+    """A process that serves, as soon as its log says where."""
+    async with python(*args, cwd=cwd, **env) as child, DefaultAsyncHttpxClient() as client:
+        running = Running(child, client)
+        client.base_url = "http://127.0.0.1:" + await running.read(r"http://[\w.]+:(\d+)")
+        yield running
+
+
+def resolved(schema: Any, document: Any) -> Any:
+    steps = schema["$ref"].split("/")[1:] if "$ref" in schema else ()
+    return reduce(getitem, steps, document) if steps else schema
+
+
+def faults(value: Any, schema: Any, document: Any) -> list[str]:
+    """Where *value* is not what *schema* promises; a property that it does not name is a fault."""
+    schema = resolved(schema, document)
+    if choices := schema.get("oneOf") or schema.get("anyOf"):
+        return min((faults(value, each, document) for each in choices), key=len)
+    kind, kinds = KINDS[type(value)], schema.get("type", [])
+    number = kind in {"integer", "number"}
+    kept = [
+        not kinds or kind in kinds or (kind, kinds) == ("integer", "number"),
+        value in schema.get("enum", [value]) and value == schema.get("const", value),
+        kind != "string" or len(value) >= schema.get("minLength", 0),
+        kind != "string" or re.search(schema.get("pattern", ""), value),
+        not number or schema.get("minimum", value) <= value <= schema.get("maximum", value),
+    ]
+    found = [] if all(kept) else [f"{value!r} is not {schema}"]
+    if kind == "object" and "properties" in schema:
+        inner = schema["properties"]
+        found += [f"{name} is missing" for name in {*schema.get("required", ())} - value.keys()]
+        found += [f"{name} is not promised" for name in value.keys() - inner.keys()]
+        for name in inner.keys() & value.keys():
+            found += faults(value[name], inner[name], document)
+    for each in value if kind == "array" else ():
+        found += faults(each, schema.get("items", {}), document)
+    return found
+
+
+def example() -> dict[str, str]:
+    """The settings of .env.example, in its order."""
+    return {name: text or "" for name, text in dotenv_values(HERE / ".env.example").items()}
+
+
+def test_the_env_example_lists_every_setting_with_its_default_and_a_line_of_meaning():
+    assert list(example()) == [each.name.upper() for each in fields(Settings)]
+    assert Settings.from_env(example()) == Settings.from_env({}) == Settings()
+    lines = (HERE / ".env.example").read_text().splitlines()
+    assert all(line.startswith("# ") for line in lines[::2])
+    assert lines[1::2] == [f"{name}={text}" for name, text in example().items()]
+
+
+def test_the_readme_lists_every_setting_with_its_default():
+    rows = re.findall(r"^\| *`([A-Z_]+)` *\| *([^|]*?) *\|", (HERE / "README.md").read_text(), re.M)
+    words = {"empty": "", "OpenAI's own": "https://api.openai.com/v1"}
+    shown = [(name, words.get(text, text.strip("`"))) for name, text in rows if name in example()]
+    assert shown == list(example().items())
+
+
+def test_each_variable_is_read_and_an_empty_one_counts_as_not_set_but_for_the_origins():
+    texts = f"{KEY} llama3.2:1b http://[::1]:11434/v1 0.5 0 ::1 0 {TOKEN} App.example,b.example "
+    texts += "https://a.example,http://b.example:81 1 10 2.5 dEbug 100000"
+    values = [KEY, "llama3.2:1b", "http://[::1]:11434/v1", 0.5, 0, "::1", 0, TOKEN]
+    values += [("app.example", "b.example"), ("https://a.example", "http://b.example:81")]
+    values += [1, 10, 2.5, "DEBUG", 100_000]
+    settings = Settings.from_env(dict(zip(example(), texts.split(), strict=True)))
+    assert list(vars(settings).values()) == values
+    assert Settings.from_env(dict.fromkeys(example(), "")) == Settings(cors_origins=())
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted", "texts"),
+    [
+        ("OPENAI_BASE_URL", "http", "ftp://a.example a.example:80 http://a:b http://[/v1"),
+        ("OPENAI_BASE_URL", "http", "http://a.example:99999/v1"),
+        ("OPENAI_TIMEOUT", "number", "abc nan inf 0 0.0 -1"),
+        ("OPENAI_MAX_RETRIES", "0", "-1 1.5 two sk-secret-in-the-wrong-line"),
+        ("API_HOST", "address", "http://localhost a.example/b"),
+        ("API_PORT", "65535", "abc 1_0 70000 -1 +5 80.0"),
+        ("ALLOWED_HOSTS", "host names", "http://app.example app.example:80 a/b"),
+        ("CORS_ORIGINS", "://", "app.example https://app.example/ null"),
+        ("CORS_ORIGINS", "://", "https://*.app.example"),
+        ("MAX_CONCURRENT_ASKS", "1", "0 many"),
+        ("MAX_BODY_BYTES", "1", "0 1MB"),
+        ("HEARTBEAT_SECONDS", "number", "nan inf 0 -1 soon"),
+        ("LOG_LEVEL", "DEBUG, INFO, WARNING, ERROR", "loud 10 NOTSET"),
+        ("LOG_BUFFER_SIZE", "1 to 100000", "0 100001"),
+        ("OPENAI_API_KEY", "", "sk-secret\u00a0key"),
+        ("API_TOKEN", "", "t\u00f6ken-secret"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line_with_what_is_accepted(name, accepted, texts):
+    for text in texts.split(" "):
+        with pytest.raises(ConfigError, match=rf"\A{name}\b.*{accepted}.*\Z") as caught:
+            pytest.fail(f"{text} was taken: {Settings.from_env({name: text})}")
+        assert "secret" not in str(caught.value)
+
+
+def test_settings_are_frozen_and_show_no_secrets():
+    settings = Settings(openai_api_key=KEY, api_token=TOKEN)
+    assert not re.search(f"{KEY}|{TOKEN}", repr(settings))
+    with pytest.raises(FrozenInstanceError):
+        setattr(settings, "api_port", 1)  # noqa: B010 - mypy knows that it is frozen
+
+
+async def test_what_cannot_be_used_stops_the_start_with_a_line_each(tmp_path):
+    (tmp_path / ".env").write_bytes(b"OPENAI_MODEL=caf\xe9")
+    inner = tmp_path / "inner"  # to which the file above it means nothing
+    inner.mkdir()
+    wrong = {"API_PORT": "abc", "LOG_LEVEL": "loud", "OPENAI_API_KEY": "sk-secret key"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ends = await asyncio.gather(
+            finished(SERVICE, cwd=inner, **wrong),
+            finished(SERVICE, cwd=tmp_path),
+            finished(*UVICORN, cwd=inner, LOG_LEVEL="loud"),
+            finished(SERVICE, cwd=inner, API_PORT=port),
+        )
+    named = (list(wrong), [".env"], ["LOG_LEVEL"], [port])
+    assert [code for code, *_ in ends[:3]] == [2, 2, 2]
+    assert ends[3][0] not in {0, None}
+    for (_, out, err), names in zip(ends, named, strict=True):
+        assert (out, len(err)) == ("", len(names))
+        assert all(name in str(err) for name in names)
+        assert "secret" not in str(err)
+
+
+async def test_importing_the_service_starts_nothing(tmp_path):
+    program = """if True:
+        import logging, sys
+        seen = []
+        acts = {"socket.bind", "socket.connect", "socket.getaddrinfo"}
+        sys.addaudithook(lambda event, args: event in acts and seen.append(event))
+        import service, structlog
+        print(seen, logging.root.handlers, structlog.is_configured())"""
+    found = await finished("-c", program, cwd=tmp_path, API_PORT="abc")
+    assert found == (0, "[] [] False\n", [])
+
+
+async def test_an_env_file_fills_in_what_the_environment_does_not_set(tmp_path):
+    lines = ["OPENAI_API_KEY=demo", f"API_TOKEN={TOKEN}", "API_PORT=wrong"]
+    lines += ["ALLOWED_HOSTS=file.example", f"CORS_ORIGINS={PAGE}"]
+    (tmp_path / ".env").write_text("\n".join(lines))
+    real = {"API_PORT": "0", "API_TOKEN": "", "ALLOWED_HOSTS": "real.example", "CORS_ORIGINS": ""}
+    async with launched(SERVICE, cwd=tmp_path, **real) as running:
+        client = running.client
+        mine = await client.get("/status", headers={"Host": "real.example", "Origin": PAGE})
+        assert (mine.status_code, "access-control-allow-origin" in mine.headers) == (200, False)
+        wrong = await client.get("/status", headers={"Host": "file.example"})
+        problem(wrong, "host_not_allowed")
+        problem(await client.post("/ask", json=PLAIN), "unauthorized")
+        client.headers["Authorization"] = f"Bearer {TOKEN}"
+        assert (await client.post("/ask", json=PLAIN)).json()["model"] == "demo"
+
+
+TURN = {"role": "user", "content": "Hola"}
+
+
+@in_module
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("prompt", ["", " \n\t\u00a0\u3000", 5, None, []]),
+        ("history", [None, {}, "Hola"]),
+        ("history.0", [["Hola"], [None]]),
+        ("history.0.role", [[TURN | {"role": "boss"}], [{"content": ""}], [TURN | {"role": None}]]),
+        ("history.1.content", [[TURN, {"role": "user"}], [TURN, TURN | {"content": None}]]),
+        ("history.0.name", [[TURN | {"name": "Eve"}]]),
+        ("temperature", ["0.7", True, None, -0.1, 2.1]),
+        ("max_tokens", [0, -1, 1.5, "5", True, None]),
+        ("stream", [1, 0, "true", None]),
+        ("top_p", [1, None]),
+    ],
+)
+async def test_a_wrong_field_is_named_and_the_schema_forbids_it(shared, document, name, values):
+    for value in values:
+        asked = ASK | {name.partition(".")[0]: value}
+        (error,) = problem(await shared.post("/ask", json=asked), "invalid_request")["errors"]
+        assert error == {"field": name, "detail": ANY}
+        assert error["detail"]
+        assert faults(asked, media(document, "/ask")["schema"], document)
+
+
+@in_module
+async def test_all_wrong_fields_are_named_at_once(shared):
+    asked = {"history": [{"role": "x", "content": 1}], "temperature": "0.7", "top_p": 1}
+    wrong = problem(await shared.post("/ask", json=asked), "invalid_request")["errors"]
+    names = ["history.0.content", "history.0.role", "prompt", "temperature", "top_p"]
+    assert sorted(error["field"] for error in wrong) == names
+
+
+async def test_the_bounds_themselves_are_taken(client):
+    for bounds in {"temperature": 0, "max_tokens": 1}, {"temperature": 2, "history": []}:
+        assert (await client.post("/ask", json=ASK | bounds)).status_code == 200
+
+
+@in_module
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        [b"", b"Hola", b"[]", b'"Hola"', b'{"prompt": "Hola"} {}', b"{'prompt': 'Hola'}"],
+        [b'{"prompt": "caf\xe9"}', '{"prompt": "Hola"}'.encode("utf-16")],
+        [b'{"prompt": "Hola", "x": %b}' % each for each in (b"NaN", b"Infinity", b"-Infinity")],
+        [rb'{"prompt": "\ud83d"}', rb'{"prompt": "Hola", "\ude00": 1}'],
+        [b"[" * 100_000, b'{"prompt":' * 100_000],
+    ],
+    ids=["no object", "not UTF-8", "no number", "half surrogate pairs", "too deep"],
+)
+async def test_a_body_that_is_no_json_object_is_refused(shared, bodies):
+    for body in bodies:
+        problem(await shared.post("/ask", content=body, headers=JSON), "invalid_json")
+
+
+@in_module
+async def test_a_body_is_refused_as_soon_as_it_is_over_the_bound(shared):
+    head = f"POST /ask HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += "Content-Type: application/json\r\n"
+    size, chunked = 1_048_576, "Transfer-Encoding: chunked\r\n\r\n"
+    for rest, code in [
+        (f"Content-Length: {size + 1}\r\n\r\n", "body_too_large"),
+        (f"{chunked}{size + 1:x}\r\n{'':{size + 1}}", "body_too_large"),
+        (f"Content-Length: {size}\r\n\r\n{json.dumps(ASK):{size}}", "not_configured"),
+        (f"{chunked}{size:x}\r\n{json.dumps(ASK):{size}}\r\n0\r\n\r\n", "not_configured"),
+    ]:
+        assert await raw(shared, head + rest) == code
+
+
+@in_module
+async def test_only_a_body_that_is_announced_as_json_is_read(shared):
+    for kind in ("application/json;charset=utf-8", "Application/JSON", "application/json ; x=y"):
+        response = await shared.post("/ask", content=b"{}", headers={"Content-Type": kind})
+        problem(response, "invalid_request")
+    for kind in ("", "text/plain", "text/plain;application/json", "application/jsonp"):
+        response = await shared.post("/ask", content=b"{}", headers={"Content-Type": kind})
+        problem(response, "unsupported_media_type")
+    problem(await shared.post("/ask", content=b"{}"), "unsupported_media_type")
+
+
+@in_module
+@pytest.mark.parametrize(
+    ("methods", "path", "allowed"),
+    [
+        ("GET POST PUT", "/nothing", None),
+        ("GET POST", "/ask/more", None),
+        ("GET PUT DELETE OPTIONS", "/ask", "POST"),
+        ("POST PUT", "/status", "GET"),
+        ("POST DELETE", "/logs", "GET"),
+        ("POST", "/docs", "GET"),
+    ],
+)
+async def test_no_such_path_is_404_and_no_such_method_405(shared, methods, path, allowed):
+    for method in methods.split():
+        response = await shared.request(method, path)
+        problem(response, "method_not_allowed" if allowed else "not_found")
+        assert not allowed or allowed in response.headers["allow"].split(", ")
+
+
+async def test_a_defect_is_a_500_whose_traceback_stays_in_the_log():
+    async def boom(request: object) -> NoReturn:
+        raise RuntimeError("boom")
+
+    app = service.create_app(Settings())
+    inside(app).router.routes.append(Route("/boom", boom))
+    async with serving(app) as client:
+        response = await client.get("/boom", headers={"Origin": PAGE})
+        request_id = problem(response, "internal_error")["request_id"]
+        assert "boom" not in response.text
+        logged = await load(client, "/logs?level=error")
+    assert [event["metadata"]["request_id"] for event in logged] == [request_id]
+    assert re.search("Traceback.*RuntimeError: boom", str(logged))
+
+
+@in_module
+async def test_the_checks_come_in_the_order_of_the_contract(shared):
+    body = b"x" * 1_048_577
+    headers = {"Host": "evil.example", "Origin": "http://evil.example", "Authorization": ""}
+    steps: list[tuple[str, dict[str, str], bytes]] = [
+        ("host_not_allowed", {"Host": "localhost"}, body),
+        ("origin_not_allowed", {"Origin": PAGE}, body),
+        ("unauthorized", {"Authorization": f"Bearer {TOKEN}"}, body),
+        ("unsupported_media_type", JSON, body),
+        ("body_too_large", {}, b"x"),
+        ("invalid_json", {}, b"{}"),
+        ("invalid_request", {}, json.dumps(ASK).encode()),
+        ("not_configured", {}, b""),
+    ]
+    for code, better, next_body in steps:
+        problem(await shared.post("/ask", content=body, headers=headers), code)
+        body, headers = next_body, headers | better
+
+
+async def test_a_place_is_wanted_last_and_one_ask_too_many_is_told_to_come_back(start, upstream):
+    client = await start(max_concurrent_asks=1)
+    upstream.scripts = [Call.hang]
+    async with asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(client.post("/ask", json=ASK))
+        await upstream.called.wait()
+        problem(await client.post("/ask", json={}), "invalid_request")
+        response = await client.post("/ask", json=ASK)
+        first.cancel()
+    problem(response, "overloaded")
+    assert response.headers["retry-after"] == "1"
+
+
+@in_module
+async def test_a_request_id_is_taken_or_made_on_every_response(shared):
+    made = set()
+    for given in ("", "x" * 65, "a b", "a/b", b"caf\xe9", "sk-abcdefgh", "x.sk-abcdefgh"):
+        response = await shared.get("/status", headers={"X-Request-ID": given})
+        assert re.fullmatch("[A-Za-z0-9._-]{8,64}", response.headers["x-request-id"])
+        made.add(response.headers["x-request-id"])
+    assert len(made - {"sk-abcdefgh", "x.sk-abcdefgh"}) == 7
+    for given in ("a", "x" * 64):
+        response = await shared.get("/status", headers={"X-Request-ID": given})
+        assert response.headers["x-request-id"] == given
+    headers = {"X-Request-ID": "A-z_0.9", "Access-Control-Request-Method": "POST"}
+    for path in ("/", "/ask", "/status", "/logs", "/openapi.json", "/docs", "/redoc", "/nothing"):
+        for way in ("GET", "OPTIONS"):
+            response = await shared.request(way, path, headers=headers, follow_redirects=False)
+            assert response.headers.get_list("x-request-id") == ["A-z_0.9"]
+
+
+async def test_the_events_of_a_request_carry_its_id(client):
+    for each in "abcd":
+        await client.post("/ask", json=ASK, headers={"X-Request-ID": each})
+    assert [event["metadata"]["request_id"] for event in await closings(client, 4)] == [*"abcd"]
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_no_trace(client):
+    _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    head = "POST /ask HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: 50\r\n\r\n{{".encode())
+    await writer.drain()
+    before = await load(client)
+    writer.close()
+    await writer.wait_closed()
+    assert [(await load(client, "/status"))["asks"] for _ in range(5)] == [NOTHING_YET] * 5
+    assert await load(client) == before
+
+
+@in_module
+@pytest.mark.parametrize(
+    ("origins", "code"),
+    [
+        (f"{PAGE} http://localhost:9999 https://localhost:9999", "invalid_request"),
+        ("http://localhost:9998 http://evil.example null", "origin_not_allowed"),
+        (f"{PAGE}.evil.example https://localhost:4200 http://localhost", "origin_not_allowed"),
+    ],
+)
+async def test_pages_may_post_from_allowed_origins_and_the_service_s_own(shared, origins, code):
+    for origin in origins.split():
+        headers = {"Host": "localhost:9999", "Origin": origin}
+        problem(await shared.post("/ask", json={}, headers=headers), code)
+        read = await shared.get("/status", headers=headers)
+        shown = origin if origin == PAGE else None
+        assert (read.status_code, read.headers.get("access-control-allow-origin")) == (200, shown)
+
+
+async def test_a_foreign_origin_is_warned_about_by_name(client):
+    headers = {"Origin": "http://127.0.0.1:4200", "X-Request-ID": "mine"}
+    problem(await client.post("/ask", json=ASK, headers=headers), "origin_not_allowed")
+    (event,) = await load(client, "/logs?level=WARNING")
+    assert event["metadata"]["request_id"] == "mine"
+    assert all(word in str(event) for word in ("http://127.0.0.1:4200", "CORS_ORIGINS"))
+
+
+async def test_a_star_lets_every_origin_in():
+    async with serving(service.create_app(Settings(cors_origins=("*",)))) as client:
+        for origin in ("http://evil.example", "null"):
+            response = await client.post("/ask", json=ASK, headers={"Origin": origin})
+            problem(response, "not_configured")
+            assert response.headers["access-control-allow-origin"] in {"*", origin}
+
+
+@in_module
+async def test_a_preflight_is_granted_for_what_pages_may_do_without_credentials(shared):
+    names = "content-type, authorization, x-request-id"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": names}
+    for path, method in ("/ask", "POST"), ("/logs", "GET"):
+        headers = asked | {"Access-Control-Request-Method": method}
+        granted = (await shared.options(path, headers=headers)).headers
+        assert granted["access-control-allow-origin"] == PAGE
+        assert method in granted["access-control-allow-methods"]
+        assert all(name in granted["access-control-allow-headers"] for name in names.split(", "))
+        assert "access-control-allow-credentials" not in granted
+    for worse in {"Origin": "http://evil.example"}, {"Access-Control-Request-Method": "PUT"}:
+        assert (await shared.options("/ask", headers=asked | worse)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("allowed", "address", "served", "refused"),
+    [
+        ("", "127.0.0.1", "localhost LOCALHOST:80 127.0.0.1 [::1] 10.1.2.3:81", "evil.example"),
+        ("", "::1", "localhost [::1]:80", "localhost.evil.example 127.0.0.1.evil.example:80"),
+        ("", "::ffff:127.0.0.1", "localhost", "evil.example"),
+        ("", "192.0.2.1", "any.example", ""),
+        ("app.example", "127.0.0.1", "APP.example:8000 localhost", "evil.example"),
+        ("app.example", "192.0.2.1", "app.example:80 192.0.2.1", "any.example"),
+        ("*", "127.0.0.1", "evil.example", ""),
+    ],
+)
+async def test_the_address_decides_which_hosts_are_served(allowed, address, served, refused):
+    app = service.create_app(Settings(allowed_hosts=tuple(allowed.split())))
+
+    async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "server": (address, 80)}, receive, send)
+
+    async with serving(elsewhere) as client:
+        for host in served.split():
+            assert (await client.get("/status", headers={"Host": host})).status_code == 200
+        for host in refused.split():
+            for path in ("/status", "/logs", "/docs", "/nothing"):
+                response = await client.get(path, headers={"Host": host, "Origin": PAGE})
+                problem(response, "host_not_allowed")
+
+
+@in_module
+async def test_a_request_without_a_host_is_refused(shared):
+    for head in "GET /status HTTP/1.0\r\n\r\n", "GET /status HTTP/1.1\r\nHost:\r\n\r\n":
+        assert await raw(shared, head) == "host_not_allowed"
+
+
+@in_module
+async def test_asks_and_logs_want_the_token_and_the_status_does_not(shared):
+    for scheme in ("Bearer", "bearer", "BEARER "):
+        headers: Any = {"Authorization": f"{scheme} {TOKEN}"}
+        problem(await shared.post("/ask", json=ASK, headers=headers), "not_configured")
+        assert (await shared.get("/logs", headers=headers)).status_code == 200
+    nearly = f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, b"Bearer \xe9"
+    for wrong in ("", "Bearer", "Bearer x", *nearly):
+        headers = {"Authorization": wrong}
+        asked = await shared.post("/ask", json=ASK, headers=headers)
+        for response in asked, await shared.get("/logs", headers=headers):
+            problem(response, "unauthorized")
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert (await shared.get("/status", headers=headers)).status_code == 200
+
+
+async def test_the_status_counts_the_asks_and_their_tokens(client, upstream):
+    async def refuse(call: Call) -> None:
+        await call.reply(400, refused("no"))
+
+    about = {"status": "running", "version": "1.0.0", "openai_connected": True, "tokens_used": 0}
+    about |= {"model": "gpt-5.4-mini", "uptime_seconds": ANY, "asks": NOTHING_YET}
+    assert await load(client, "/status") == about
+    upstream.scripts = [answer, answer, refuse, Call.hang]
+    for asked in {}, ASK, PLAIN, ASK:
+        await client.post("/ask", json=asked)
+    upstream.called.clear()
+    async with asyncio.TaskGroup() as tasks:
+        last = tasks.create_task(client.post("/ask", json=ASK))
+        await upstream.called.wait()
+        asks = {"active": 1, "total": 4, "failed": 1, "cancelled": 0}
+        assert await load(client, "/status") == about | {"asks": asks, "tokens_used": 14}
+        last.cancel()
+    await closings(client, 4)
+    assert (await load(client, "/status"))["asks"] == asks | {"active": 0, "cancelled": 1}
+    assert [call.path for call in upstream.calls].count("/v1/models") == 1, "the answer is kept"
+
+
+@pytest.mark.parametrize(
+    ("did", "connected"),
+    [
+        *((200, True), (404, True), (405, True)),
+        *((401, False), (403, False), (500, False), ("closed", False), ("was not there", False)),
+    ],
+)
+async def test_the_models_list_tells_of_a_connection(start, upstream, did, connected):
+    async def listing(call: Call) -> None:
+        assert (call.method, call.path) == ("GET", "/v1/models")
+        assert call.headers["authorization"] == f"bearer {KEY}"
+        await call.reply(did, {"data": []}) if did != "closed" else call.abort()
+
+    upstream.scripts = [listing]
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        url = f"http://127.0.0.1:{gone.getsockname()[1]}/v1"
+    client = await start(openai_base_url=url if did == "was not there" else upstream.url)
+    assert (await load(client, "/status"))["openai_connected"] is connected
+    assert bool(upstream.calls) == (did != "was not there")
+
+
+async def test_calls_share_a_probe_that_hangs_for_six_seconds_at_most(client, upstream):
+    upstream.scripts = [Call.hang]
+    async with asyncio.timeout(6):
+        states = await asyncio.gather(*(load(client, "/status") for _ in range(3)))
+        states.append(await load(client, "/status"))
+    assert [each["openai_connected"] for each in states] == [False] * 4
+    assert len(upstream.calls) == 1
+
+
+async def test_logs_hold_the_newest_events_oldest_first_and_no_more_than_the_buffer(start):
+    client = await start(log_buffer_size=5)
+    for number in range(4):
+        structlog.get_logger().info("counted", number=number)
+        logging.getLogger("a.library").warning("warned %d times", number)
+    messages = ["warned 1 times", "counted", "warned 2 times", "counted", "warned 3 times"]
+    assert [event["message"] for event in await load(client)] == messages
+    assert [event["message"] for event in await load(client, "/logs?limit=2")] == messages[-2:]
+    last = {"level": "INFO", "message": "counted", "metadata": {"number": 3}, "timestamp": ANY}
+    assert await load(client, "/logs?level=INFO&limit=1") == [last]
+    assert (await load(client, "/logs?level=info&page=2"))[-1] == last
+    (event,) = await load(client, "/logs?limit=1")
+    assert (event["level"], event["metadata"]) == ("WARNING", None)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", event["timestamp"])
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(event["timestamp"])).total_seconds() < 5
+    assert await load(client, "/logs?level=ERROR") == []
+
+
+@in_module
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("limit", ["0", "1001", "-1", "abc", "1_0", "+5", "1.0", " 5", "", "9" * 5000, "\u0665"]),
+        ("level", ["LOUD", "", "INFO,ERROR", "20", "NOTSET", " INFO"]),
+    ],
+)
+async def test_a_limit_or_a_level_that_is_none_is_refused(shared, name, values):
+    for value in values:
+        response = await shared.get("/logs", params={name: value})
+        (error,) = problem(response, "invalid_request")["errors"]
+        assert error["field"] == name
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+async def test_polling_writes_no_event(start, level):
+    client = await start(log_level=level)
+    before = await load(client)
+    assert "startup complete" in str(before), "uvicorn's events go the same way"
+    for path in ("/status", "/logs", "/status"):
+        await load(client, path)
+    assert await load(client) == before
+
+
+async def test_the_log_level_holds_for_everything(start):
+    client = await start(log_level="WARNING")
+    await client.post("/ask", json=ASK)
+    structlog.get_logger().info("quiet")
+    for name in ("a.library", "uvicorn.error", "openai", "httpx2"):
+        logging.getLogger(name).info("quiet")
+        logging.getLogger(name).warning("loud")
+    assert [event["message"] for event in await load(client)] == ["loud"] * 4
+
+
+async def test_what_is_shaped_like_a_key_is_masked_and_values_are_cut(capsys, start):
+    client = await start(api_token=TOKEN)
+    client.headers["Authorization"] = f"Bearer {TOKEN}"
+    secrets = ("sk-proj-abcdefgh_123", "BEARER abc.def-123", KEY, TOKEN)
+    try:
+        raise ZeroDivisionError(*secrets)
+    except ZeroDivisionError:
+        logging.getLogger("a.library").exception("failed with %s", secrets)
+        structlog.get_logger().exception("failed", text=" ".join(secrets), inner={"key": secrets})
+    long = "\u20ac" * 3000
+    structlog.get_logger().error(long, value=long, inner=[long])
+    events = await load(client, "/logs?level=ERROR")
+    assert [str(event).count("ZeroDivisionError") > 0 for event in events] == [True, True, False]
+    shown = json.dumps(events) + capsys.readouterr().out
+    assert not re.search(f"abc|{TOKEN}|{KEY}", shown)
+    values = [events[2]["message"], *events[2]["metadata"].values()]
+    assert [len(str(value)) for value in values] == [2000] * 3
+
+
+async def test_the_demo_model_streams_word_by_word_and_quotes_the_prompt(start):
+    client = await start(openai_api_key="demo")
+    asked = {"prompt": "¿Qué\ntal? 🙂", "history": [TURN]}
+    async with client.stream("POST", "/ask", json=asked) as response:
+        reads = response.aiter_raw()
+        first = await anext(reads)
+        assert (await load(client, "/status"))["asks"]["active"] == 1, "it has only begun"
+        *deltas, done, end = events(first + b"".join([read async for read in reads]))
+    words = [each["content"] for each in deltas]
+    assert all(len(word.split()) == 1 for word in words)
+    assert re.search("demo model.*¿Qué\ntal? 🙂".replace("?", "[?]"), "".join(words))
+    used = done["tokens_used"]
+    assert used > len(words)
+    finish = {"type": "done", "finish_reason": "stop", "tokens_used": used, "model": "demo"}
+    assert [done, end] == [finish, "[DONE]"]
+    state = await load(client, "/status")
+    state = (state["model"], state["openai_connected"], state["tokens_used"])
+    assert state == ("demo", False, used)
+    assert "demo model" in str(await load(client, "/logs?level=WARNING"))
+
+
+async def test_the_demo_model_answers_plainly_and_keeps_to_max_tokens(start):
+    client = await start(openai_api_key="demo")
+    whole = (await client.post("/ask", json=PLAIN)).json()
+    short = (await client.post("/ask", json=PLAIN | {"max_tokens": 3, "temperature": 0})).json()
+    assert (whole["finish_reason"], short["finish_reason"]) == ("stop", "length")
+    assert short["response"].split() == whole["response"].split()[:3]
+    assert whole["tokens_used"] > short["tokens_used"] > 3
+
+
+async def test_standard_output_shows_what_logs_shows_and_no_prompt_at_any_level(tmp_path):
+    env = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    env |= {"OPENAI_API_KEY": "demo", "API_PORT": "0", "LOG_LEVEL": "DEBUG"}
+    async with launched(SERVICE, cwd=tmp_path, **env) as running:
+        for stream in (True, False):
+            asked = {"prompt": "xylophone", "history": [TURN | {"content": "zyzzyva"}]}
+            response = await running.client.post("/ask", json=asked | {"stream": stream})
+            assert "xylophone" in response.text, "the demo model needs no proxy"
+        kept = await load(running.client)
+        running.process.send_signal(signal.SIGINT)
+        shown = await running.ended()
+    for line in shown:
+        rest = line.keys() - {"timestamp", "level", "message"}
+        line["metadata"] = {key: line.pop(key) for key in rest} or None
+    assert shown[: len(kept)] == kept
+    assert [event["message"] for event in kept].count("ask finished") == 2
+    assert not re.search("xylophone|zyzzyva", running.output)
+
+
+async def test_a_stop_takes_nothing_new_and_lets_a_stream_under_way_finish(upstream, tmp_path):
+    resume = asyncio.Event()
+
+    async def pause(call: Call) -> None:
+        await call.start()
+        await call.say("Ho")
+        await resume.wait()
+        await call.write(FINISH + DONE)
+        await call.end()
+
+    upstream.scripts = [pause]
+    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, "API_PORT": "0"}
+    async with launched(SERVICE, cwd=tmp_path, **env) as running:
+        async with running.client.stream("POST", "/ask", json=ASK) as response:
+            reads = response.aiter_raw()
+            first = await anext(reads)
+            running.process.send_signal(signal.SIGTERM)
+            await running.refuses()
+            await running.read("(Waiting for connections)")
+            resume.set()
+            rest = b"".join([read async for read in reads])
+        assert events(first + rest)[-1] == "[DONE]"
+        assert "ask finished" in str(await running.ended())
+        assert "API_TOKEN" not in running.output, "nobody else can ask"
+
+
+async def test_a_second_interrupt_cuts_the_streams_and_prints_no_traceback(upstream, tmp_path):
+    async def pause(call: Call) -> None:
+        await call.start()
+        await call.say("Ho")
+        await call.hang()
+
+    upstream.scripts = [pause]
+    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, "API_PORT": "0"}
+    async with launched(SERVICE, cwd=tmp_path, API_HOST="0.0.0.0", **env) as running:
+        assert "API_TOKEN" in await running.read('(.*"WARNING".*)'), "anyone may ask"
+        async with running.client.stream("POST", "/ask", json=ASK) as response:
+            reads = response.aiter_raw()
+            await anext(reads)
+            running.process.send_signal(signal.SIGINT)
+            await running.refuses()
+            running.process.send_signal(signal.SIGINT)
+            assert "ask cancelled" in str(await running.ended())
+        await upstream.calls[0].left.wait()
+
+
+async def test_uvicorn_runs_the_very_same_app(upstream, tmp_path):
+    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url}
+    async with launched(*UVICORN, cwd=tmp_path, **env) as running:
+        running.client.headers["Origin"] = PAGE
+        response = await running.client.post("/ask", json=ASK)
+        assert events(response.content)[-1] == "[DONE]"
+        problem(await running.client.post("/ask", json={}), "invalid_request")
+        running.process.send_signal(signal.SIGINT)
+        assert "ask finished" in str(await running.ended())
+
+
+def media(document: Any, path: str, status: int = 0) -> Any:
+    """What a response or, without a *status*, the request holds where it is JSON."""
+    (operation,) = document["paths"][path].values()
+    part = operation["responses"][str(status)] if status else operation["requestBody"]
+    return next(held for kind, held in part["content"].items() if kind.endswith("json"))
+
+
+def test_the_document_lists_the_routes_and_methods_that_there_are(document):
+    routes: list[Any] = list(inside(service.create_app(Settings())).routes)
+    there = {(each.path, way) for each in routes for way in each.methods - {"HEAD"}}
+    listed = {(path, way.upper()) for path, item in document["paths"].items() for way in item}
+    assert listed == there
+
+
+def test_the_document_holds_every_error_with_its_status_and_headers(document):
+    codes = {code: int(title[:3]) for code, title in PROBLEMS.items()}
+    assert {code: status for code, (status, *_) in service.ERRORS.items()} == codes
+    # No operation answers these two: they stand for the paths and methods that there are not.
+    found = {"not_found": 404, "method_not_allowed": 405}
+    for path, item in document["paths"].items():
+        for status, response in next(iter(item.values()))["responses"].items():
+            more = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}
+            assert {"X-Request-ID"} | more.get(status, set()) <= response["headers"].keys()
+            problems = media(document, path, int(status)) if int(status) >= 400 else {}
+            for each in problems.get("examples", {}).values():
+                assert not faults(each["value"], problems["schema"], document)
+                assert each["value"]["status"] == int(status)
+                found[each["value"]["code"]] = int(status)
+    assert found == codes
+    promised = resolved(media(document, "/ask", 422)["schema"], document)["properties"]
+    assert set(promised["code"]["enum"]) == set(codes)
+
+
+def test_the_document_holds_the_bounds_and_the_defaults_of_every_field(document):
+    asked = resolved(media(document, "/ask")["schema"], document)
+    inner = asked["properties"]
+    assert set(inner) == {"prompt", "history", "temperature", "max_tokens", "stream"}
+    assert (asked["required"], asked["additionalProperties"]) == (["prompt"], False)
+    number = {"type": "number", "minimum": 0, "maximum": 2}
+    assert inner["temperature"].items() >= number.items()
+    assert inner["max_tokens"].items() >= {"type": "integer", "minimum": 1}.items()
+    defaults = {name: each["default"] for name, each in inner.items() if "default" in each}
+    assert defaults == {"stream": True, "history": []}
+    limit, level = (each["schema"] for each in document["paths"]["/logs"]["get"]["parameters"])
+    assert limit.items() >= {"minimum": 1, "maximum": 1000, "default": 100}.items()
+    assert level["enum"] == ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+    secured = [path for path, item in document["paths"].items() if "security" in str(item)]
+    assert secured == ["/ask", "/logs"]
+
+
+async def test_replies_are_what_the_document_promises(client, upstream, document):
+    async def broken(call: Call) -> None:
+        await call.start()
+        await call.say("Ho")
+        call.abort()
+
+    stream = document["paths"]["/ask"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    event, request = stream["schema"]["contentSchema"], media(document, "/ask")
+    examples = [each["value"] for each in request.get("examples", {}).values()]
+    for asked in examples or [request["example"]]:
+        assert not faults(asked, request["schema"], document)
+        response = await client.post("/ask", json=asked)
+        assert response.status_code == 200
+    *sent, end = events((await client.post("/ask", json=ASK)).content)
+    *shown, end_shown = events(stream["example"])
+    assert end == end_shown == "[DONE]"
+    upstream.scripts = [answer, broken]
+    body = (await client.post("/ask", json=PLAIN)).json()
+    sent += events((await client.post("/ask", json=ASK)).content)
+    kinds = ["delta", "delta", "done", "delta", "error"]
+    assert [each["type"] for each in sent] == kinds
+    assert [faults(each, event, document) for each in sent + shown] == [[]] * len(sent + shown)
+    wrong = problem(await client.post("/ask", json={}), "invalid_request")
+    held = [(body, "/ask", 200), (wrong, "/ask", 422)]
+    for path in ("/status", "/logs"):
+        held.append((await load(client, path), path, 200))
+    for value, path, status in held:
+        assert not faults(value, media(document, path, status)["schema"], document)
+
+
+@in_module
+async def test_the_pages_pin_what_they_load_and_the_root_leads_to_them(shared):
+    for path in ("/docs", "/redoc"):
+        page = await shared.get(path)
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "openapi.json" in page.text
+        loaded = re.findall(r"<[^>]*(?:src|href)=\"?https?:[^>]*>", page.text)
+        assert loaded
+        for tag in loaded:
+            assert re.search(r"@\d+\.\d+\.\d+/", tag)
+            assert re.search(r'integrity=\s*"sha384-[\w+/]{64}"', tag)
+            assert "crossorigin" in tag
+    response = await shared.get("/", follow_redirects=False)
+    assert (response.status_code // 100, response.headers["location"]) == (3, "/docs")
