@@ -24,15 +24,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from email.utils import parsedate_to_datetime
@@ -724,7 +716,7 @@ class Decoder:
         self.line: list[str] = []
         self.data: list[str] = []
 
-    def feed(self, read: bytes) -> Iterator[str]:
+    def feed(self, read: bytes) -> Iterable[str]:
         """The data of every event that *read* completes."""
         *lines, rest = self.text.decode(read).split("\n")
         for line in lines:
