@@ -260,9 +260,12 @@ class Forward(logging.Handler):
     """Puts through structlog what others log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        message, level = record.getMessage(), min(50, record.levelno // 10 * 10)
-        # A second Ctrl-C cuts what is under way; uvicorn logs a traceback for each piece of it.
-        if "CancelledError" not in f"{record.exc_info} {message}":
+        try:
+            message, level = record.getMessage(), min(50, record.levelno // 10 * 10)
+        except Exception:
+            return self.handleError(record)  # as every handler does with arguments that do not fit
+        # A second Ctrl-C cuts what is under way, and uvicorn logs a traceback for each piece of it.
+        if record.name != "uvicorn.error" or "CancelledError" not in f"{record.exc_info}{message}":
             log.log(level, message.strip(), exc_info=record.exc_info)
 
 
@@ -1005,12 +1008,13 @@ async def ask(request: Request[State]) -> Response:
 
 async def status(request: Request[State]) -> Response:
     state = request.state
-    demo, upstream = state["settings"].demo, state["upstream"]
+    settings, upstream = state["settings"], state["upstream"]
+    keyed = settings.openai_api_key not in {"", "demo"}
     return reply(
         {
             "status": "running",
             "version": VERSION,
-            "openai_connected": not demo and await upstream.connected(),
+            "openai_connected": keyed and await upstream.connected(),
             "model": upstream.model,
             "uptime_seconds": round(time.monotonic() - state["started"], 1),
             "asks": asdict(state["asks"]),
