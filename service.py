@@ -263,7 +263,8 @@ class Forward(logging.Handler):
         try:
             message, level = record.getMessage(), min(50, record.levelno // 10 * 10)
         except Exception:
-            return self.handleError(record)  # as every handler does with arguments that do not fit
+            self.handleError(record)  # the standard handlers' way with arguments that do not fit
+            return
         # A second Ctrl-C cuts what is under way, and uvicorn logs a traceback for each piece of it.
         if record.name != "uvicorn.error" or "CancelledError" not in f"{record.exc_info}{message}":
             log.log(level, message.strip(), exc_info=record.exc_info)
