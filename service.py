@@ -28,7 +28,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Literal, TypedDict, TypeVar, get_args
@@ -55,7 +55,7 @@ from structlog.types import EventDict, FilteringBoundLogger, WrappedLogger
 VERSION = "1.0.0"
 JSON, PROBLEM, SSE = "application/json", "application/problem+json", "text/event-stream"
 CDN = "https://cdn.jsdelivr.net/npm"
-KEY_SHAPED = re.compile(r"(?<![A-Za-z0-9])sk-[\w*.-]+|\b(?i:bearer)\s+[^\s\"',]+")
+KEY_SHAPED = r"(?<![A-Za-z0-9])sk-[\w*.-]+|\b(?i:bearer)\s+[^\s\"',]+"
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 Fields = Mapping[str, str] | None
@@ -71,13 +71,6 @@ to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 def utf8(text: str) -> bytes:
     r"""UTF-8; half a surrogate pair, which it cannot carry, becomes the JSON escape `\udXXX`."""
     return text.encode("utf-8", "backslashreplace")
-
-
-def mask(text: str, known: Iterable[str]) -> str:
-    """*text* without the *known* secrets, and without anything else that is shaped like a key."""
-    for secret in known:
-        text = text.replace(secret, "***")
-    return KEY_SHAPED.sub("***", text)
 
 
 @lru_cache
@@ -187,7 +180,7 @@ class Settings:
             try:
                 values[each.name] = each.metadata["parse"](text)
             except ValueError as exc:
-                shown = mask(repr(text), ()) if each.repr else "its value"
+                shown = re.sub(KEY_SHAPED, "***", repr(text)) if each.repr else "its value"
                 wrong.append(f"{name}: {shown} is not {exc}")
         if wrong:
             raise ConfigError("\n".join(wrong))
@@ -197,10 +190,11 @@ class Settings:
     def demo(self) -> bool:
         return self.openai_api_key == "demo"
 
-    @property
-    def secrets(self) -> list[str]:
-        """What must never be shown; a value so short that it may be any word cannot be hidden."""
-        return [value for value in (self.openai_api_key, self.api_token) if len(value) >= 8]
+    @cached_property
+    def secret(self) -> re.Pattern[str]:
+        """What must never be shown. A value so short that it may be any word cannot be hidden."""
+        known = (value for value in (self.openai_api_key, self.api_token) if len(value) >= 8)
+        return re.compile("|".join([KEY_SHAPED, *map(re.escape, known)]))
 
 
 def environment() -> dict[str, str]:
@@ -220,23 +214,24 @@ def environment() -> dict[str, str]:
 class EventLog:
     """The newest log events, as a structlog processor: what it lets pass, it keeps.
 
-    Secrets are masked in it, and values cut to 2,000 characters.
+    It masks what is *secret* and cuts values to 2,000 characters.
     """
 
-    def __init__(self, capacity: int, known: Iterable[str]) -> None:
-        self._events: deque[dict[str, Any]] = deque(maxlen=capacity)
-        self._known = known
+    def __init__(self, capacity: int, secret: re.Pattern[str]) -> None:
+        self._events: deque[Json] = deque(maxlen=capacity)
+        self._secret = secret
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        rest = {key: self._shown(value) for key, value in event.items()}
-        head = {key: rest.pop(key) for key in ("timestamp", "level", "message")}
-        self._events.append({**head, "metadata": rest or None})
-        return {**head, **rest}
+        told = {key: self._shown(value) for key, value in event.items()}
+        head = {"timestamp": told.pop("timestamp"), "level": method.upper()}
+        head["message"] = told.pop("event")
+        self._events.append({**head, "metadata": told or None})
+        return {**head, **told}
 
     def _shown(self, value: object) -> object:
         if value is None or isinstance(value, int | float):
             return value
-        text = mask(value if isinstance(value, str) else repr(value), self._known)
+        text = self._secret.sub("***", value if isinstance(value, str) else repr(value))
         # Head and tail, because a traceback says most in its last line.
         return text if len(text) <= 2000 else f"{text[:997]} [...] {text[-996:]}"
 
@@ -270,11 +265,6 @@ class Forward(logging.Handler):
             log.log(level, message.strip(), exc_info=record.exc_info)
 
 
-def upper_level(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    event["level"] = event["level"].upper()
-    return event
-
-
 def configure_logging(level: str, events: EventLog) -> None:
     """Send what anyone in this process logs through *events* to standard output."""
     styles = structlog.dev.ConsoleRenderer.get_default_level_styles()
@@ -286,11 +276,8 @@ def configure_logging(level: str, events: EventLog) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            upper_level,
             structlog.processors.TimeStamper("%Y-%m-%dT%H:%M:%S.%fZ"),
             structlog.processors.format_exc_info,
-            structlog.processors.EventRenamer("message"),
             events,
             console if sys.stdout.isatty() else structlog.processors.JSONRenderer(),
         ],
@@ -385,7 +372,9 @@ class RequestContext:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id = Headers(scope=scope).get("x-request-id", "")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id) or KEY_SHAPED.search(request_id):
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id) or re.search(
+            KEY_SHAPED, request_id
+        ):
             request_id = secrets.token_hex(16)
 
         async def send_with_id(message: Message) -> None:
@@ -552,9 +541,9 @@ def upstream_message(error: openai.APIStatusError) -> str:
     return body if isinstance(body, str) and not body.lstrip().startswith("<") else ""
 
 
-def refusal(error: openai.APIStatusError, known: Iterable[str]) -> Failure:
+def refusal(error: openai.APIStatusError, secret: re.Pattern[str]) -> Failure:
     """The upstream's status as ours; its message only where it is about the client's request."""
-    message = mask(upstream_message(error), known)[:2000]
+    message = secret.sub("***", upstream_message(error))[:2000]
     match error.status_code:
         case 400 | 404 | 413 | 422:
             return Failure("upstream_rejected", message)
@@ -627,10 +616,10 @@ def unsupported_field(error: BaseException | None) -> str | None:
 class Upstream:
     """The model behind *client*, and what this process has learned about it."""
 
-    def __init__(self, client: AsyncOpenAI, model: str, known: Iterable[str]) -> None:
+    def __init__(self, client: AsyncOpenAI, model: str, secret: re.Pattern[str]) -> None:
         self.client = client
         self.model = model
-        self.known = known
+        self.secret = secret
         # Absolute, because to merge a path with the base URL takes a tenth of a short ask.
         self.completions = f"{client.base_url}chat/completions"
         # Everywhere else the older name is the safer one: Ollama silently ignores the newer.
@@ -666,16 +655,16 @@ class Upstream:
 
     async def complete(self, body: dict[str, object]) -> AsyncStream[object]:
         """POST /chat/completions, up to the headers of a 200; all else is a Failure."""
-        url, stream = self.completions, AsyncStream[object]
+        url, content, stream = self.completions, utf8(to_json(body)), AsyncStream[object]
         return await self._answered(
-            self.client.post(url, cast_to=object, body=body, stream=True, stream_cls=stream)
+            self.client.post(url, cast_to=object, content=content, stream=True, stream_cls=stream)
         )
 
     async def _answered(self, call: Awaitable[AsyncStream[object]]) -> AsyncStream[object]:
         try:
             return await call
         except openai.APIStatusError as exc:
-            raise refusal(exc, self.known) from exc
+            raise refusal(exc, self.secret) from exc
         except Exception as exc:  # where the bytes are no HTTP, aiohttp's own come through
             raise broken(exc) from exc
 
@@ -1209,7 +1198,12 @@ def connect(settings: Settings, base_url: str) -> AsyncOpenAI:
         keepalive_expiry=60,
     )
     http_client = DefaultAioHttpClient(
-        limits=limits, timeout=None, follow_redirects=False, trust_env=not settings.demo
+        limits=limits,
+        timeout=None,
+        follow_redirects=False,
+        trust_env=not settings.demo,
+        # Answer reads the bytes as they come over the wire.
+        headers={"Accept-Encoding": "identity"},
     )
     # Without a key no ask gets as far as this; the client insists on one.
     key = settings.openai_api_key or "none"
@@ -1219,8 +1213,6 @@ def connect(settings: Settings, base_url: str) -> AsyncOpenAI:
         timeout=None,
         max_retries=0,
         http_client=http_client,
-        # Answer reads what comes over the wire, as it comes.
-        default_headers={"Accept-Encoding": "identity"},
     )
 
 
@@ -1238,7 +1230,7 @@ def lift_file_limit(asks: int) -> None:
 
 def create_app(settings: Settings) -> ASGIApp:
     """The service, ready to be served; takes over the logging of the process."""
-    events = EventLog(settings.log_buffer_size, settings.secrets)
+    events = EventLog(settings.log_buffer_size, settings.secret)
     configure_logging(settings.log_level, events)
 
     @asynccontextmanager
@@ -1253,7 +1245,7 @@ def create_app(settings: Settings) -> ASGIApp:
             yield {
                 "settings": settings,
                 "events": events,
-                "upstream": Upstream(client, model, settings.secrets),
+                "upstream": Upstream(client, model, settings.secret),
                 "asks": Asks(),
                 "started": time.monotonic(),
             }
