@@ -1137,7 +1137,10 @@ def openapi(settings: Settings) -> Json:
     asked = {JSON: {"schema": ref("Ask"), "example": example}}
     events = {"oneOf": [ref("Delta"), ref("Done"), ref("Error")]}
     end = {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"}
-    stream: Json = {"schema": {"contentMediaType": SSE, "contentSchema": events}}
+    # An event, as OpenAPI 3.2 models it in its itemSchema, which 3.1 does not have yet.
+    data = {"anyOf": [{"contentMediaType": JSON, "contentSchema": events}, {"const": "[DONE]"}]}
+    event = {"type": "object", "properties": {"data": {"type": "string", **data}}}
+    stream: Json = {"schema": {**event, "required": ["data"]}}
     stream["example"] = (delta("Hola") + frame(end) + b"data: [DONE]\n\n").decode()
     answered = {SSE: stream, JSON: {"schema": ref("Answer")}}
     query = LogsQuery.model_json_schema()["properties"].items()
