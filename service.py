@@ -64,7 +64,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 log: FilteringBoundLogger = structlog.get_logger()
-from_json = json.JSONDecoder().raw_decode
+from_json = json.JSONDecoder().decode
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -96,7 +96,7 @@ def rule(accepted: str, pattern: str, convert: Callable[[str], T]) -> Callable[[
 
     def parse(text: str) -> T:
         with suppress(ValueError):
-            if re.fullmatch(pattern, text):
+            if re.fullmatch(pattern, text, re.ASCII):
                 return convert(text)
         raise ValueError(accepted)
 
@@ -116,8 +116,12 @@ def items(text: str) -> tuple[str, ...]:
     return tuple(item.strip().lower() for item in text.split(",") if item.strip())
 
 
-def with_port(url: str) -> str:
-    if urlsplit(url).port == 0:  # above 65535, this is what raises
+def parseable(url: str) -> str:
+    """*url*; raises ValueError for a port out of range and for what only looks like an address."""
+    parts = urlsplit(url)
+    if parts.port == 0 or (
+        re.fullmatch("[0-9.]+", parts.hostname or "") and not ip(parts.hostname)
+    ):
         raise ValueError
     return url
 
@@ -128,8 +132,8 @@ seconds = rule("a number of seconds above 0", r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,
 visible = rule("made of visible ASCII characters only", "[!-~]+", str)
 http_url = rule(
     "an http:// or https:// URL",
-    r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?",
-    with_port,
+    r"https?://([\w-]+(\.[\w-]+)*|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?",
+    parseable,
 )
 address = rule("a host name or an IP address", r"[\w.:%-]+", str)
 hosts = rule("host names separated by commas, or *", r"[\w.-]+(\s*,\s*[\w.-]*)*|\*", items)
@@ -207,7 +211,7 @@ def environment() -> dict[str, str]:
     return {
         name: value
         for name, value in variables
-        if value or (name == "CORS_ORIGINS" and value == "")
+        if value is not None and (value.strip() or name == "CORS_ORIGINS")
     }
 
 
@@ -323,16 +327,15 @@ TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 class Failure(HTTPException):
     """One of ERRORS: problem JSON before the first byte of an answer, an `error` event after it."""
 
-    def __init__(self, code: str, detail: str = "", headers: Fields = None) -> None:
+    def __init__(
+        self, code: str, detail: str = "", headers: Fields = None, retry_after: int | None = None
+    ) -> None:
         status, sentence = ERRORS[code]
-        super().__init__(status, detail or sentence, headers)
+        waiting = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        super().__init__(status, detail or sentence, {**(headers or {}), **waiting})
         self.code = code
+        self.retry_after = retry_after
         self.errors: list[dict[str, str]] = []
-
-    @property
-    def retry_after(self) -> int | None:
-        value = (self.headers or {}).get("Retry-After")
-        return int(value) if value else None
 
     def problem(self, request_id: str) -> Json:
         """The body that RFC 9457 asks for."""
@@ -354,10 +357,13 @@ def reply(value: object, status: int = 200, headers: Fields = None, kind: str = 
 
 async def on_error(request: Request | None, exc: Exception) -> Response:
     """Problem JSON; what is no Failure is the router's 404 or 405, or a defect of ours."""
-    failure = exc if isinstance(exc, Failure) else Failure("internal_error")
-    if isinstance(exc, HTTPException) and exc is not failure:
+    if isinstance(exc, Failure):
+        failure = exc
+    elif isinstance(exc, HTTPException):
         code = "method_not_allowed" if exc.status_code == 405 else "not_found"
         failure = Failure(code, headers=exc.headers)
+    else:
+        failure = Failure("internal_error")
     body = failure.problem(get_contextvars()["request_id"])
     return reply(body, failure.status_code, failure.headers, PROBLEM)
 
@@ -517,7 +523,7 @@ async def read_json(request: Request[Any], limit: int) -> dict[str, object]:
     return value
 
 
-def retry_after(value: str) -> int | None:
+def retry_delay(value: str) -> int | None:
     """Whole seconds of a Retry-After header: seconds, or a date (RFC 9110, section 10.2.3)."""
     with suppress(ValueError, OverflowError):  # NaN is the one, infinity the other
         try:
@@ -541,7 +547,7 @@ def upstream_message(error: openai.APIStatusError) -> str:
     return body if isinstance(body, str) and not body.lstrip().startswith("<") else ""
 
 
-def refusal(error: openai.APIStatusError, secret: re.Pattern[str]) -> Failure:
+def refused(error: openai.APIStatusError, secret: re.Pattern[str]) -> Failure:
     """The upstream's status as ours; its message only where it is about the client's request."""
     message = secret.sub("***", upstream_message(error))[:2000]
     match error.status_code:
@@ -550,9 +556,8 @@ def refusal(error: openai.APIStatusError, secret: re.Pattern[str]) -> Failure:
         case 401 | 403:
             return Failure("upstream_auth")
         case 429:
-            delay = retry_after(error.response.headers.get("retry-after", ""))
-            headers = None if delay is None else {"Retry-After": str(delay)}
-            return Failure("rate_limited", message, headers)
+            delay = retry_delay(error.response.headers.get("retry-after", ""))
+            return Failure("rate_limited", message, retry_after=delay)
         case _:
             return Failure("upstream_error")
 
@@ -664,7 +669,7 @@ class Upstream:
         try:
             return await call
         except openai.APIStatusError as exc:
-            raise refusal(exc, self.secret) from exc
+            raise refused(exc, self.secret) from exc
         except Exception as exc:  # where the bytes are no HTTP, aiohttp's own come through
             raise broken(exc) from exc
 
@@ -728,15 +733,18 @@ class Decoder:
 def said(part: Literal["delta", "message"], data: str, facts: dict[str, object]) -> str:
     """The text in a chunk (`delta`) or a whole answer (`message`); *facts* takes the rest."""
     try:
-        chunk, _ = from_json(data)
+        chunk = from_json(data)
         if chunk.get("error") or (part == "message" and not chunk["choices"][0][part]):
             raise ValueError("an error in the place of an answer")
-        facts["model"] = chunk.get("model") or facts["model"]
-        if usage := chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage"):
-            facts["tokens_used"] = usage.get("total_tokens")
+        usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage") or {}
+        if isinstance(tokens := usage.get("total_tokens"), int):
+            facts["tokens_used"] = tokens
+        if isinstance(model := chunk.get("model"), str) and model:
+            facts["model"] = model
         text = ""
         for choice in chunk.get("choices") or ():
-            facts["finish_reason"] = choice.get("finish_reason") or facts["finish_reason"]
+            if isinstance(reason := choice.get("finish_reason"), str) and reason:
+                facts["finish_reason"] = reason
             content = choice.get(part) or {}
             text += content.get("content") or content.get("refusal") or ""
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as exc:
@@ -992,7 +1000,7 @@ async def ask(request: Request[State]) -> Response:
     if not settings.openai_api_key:
         raise Failure("not_configured")
     if asks.active >= settings.max_concurrent_asks:
-        raise Failure("overloaded", headers={"Retry-After": "1"})
+        raise Failure("overloaded", retry_after=1)
     return Answer(asked, request.state)
 
 
@@ -1231,28 +1239,35 @@ def lift_file_limit(asks: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
+@asynccontextmanager
+async def running(settings: Settings, events: EventLog) -> AsyncIterator[State]:
+    """What the requests share, from start to stop."""
+    lift_file_limit(settings.max_concurrent_asks)
+    async with AsyncExitStack() as owned:
+        base_url, model = settings.openai_base_url, settings.openai_model
+        if settings.demo:
+            log.warning("the demo model answers, not OpenAI", remedy="set OPENAI_API_KEY")
+            base_url, model = await owned.enter_async_context(serve_demo()), "demo"
+        client = await owned.enter_async_context(connect(settings, base_url))
+        upstream, asks = Upstream(client, model, settings.secret), Asks()
+        yield State(
+            settings=settings,
+            events=events,
+            upstream=upstream,
+            asks=asks,
+            started=time.monotonic(),
+        )
+        # uvicorn has just cut what was left, and would be gone before it is closed and logged.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while asks.active:  # noqa: ASYNC110 - nothing else waits for this
+                    await asyncio.sleep(0.01)
+
+
 def create_app(settings: Settings) -> ASGIApp:
     """The service, ready to be served; takes over the logging of the process."""
     events = EventLog(settings.log_buffer_size, settings.secret)
     configure_logging(settings.log_level, events)
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[State]:
-        lift_file_limit(settings.max_concurrent_asks)
-        async with AsyncExitStack() as owned:
-            base_url, model = settings.openai_base_url, settings.openai_model
-            if settings.demo:
-                log.warning("the demo model answers, not OpenAI", remedy="set OPENAI_API_KEY")
-                base_url, model = await owned.enter_async_context(serve_demo()), "demo"
-            client = await owned.enter_async_context(connect(settings, base_url))
-            yield {
-                "settings": settings,
-                "events": events,
-                "upstream": Upstream(client, model, settings.secret),
-                "asks": Asks(),
-                "started": time.monotonic(),
-            }
-
     app = Starlette(
         routes=[
             Route("/ask", ask, methods=["POST"]),
@@ -1264,9 +1279,11 @@ def create_app(settings: Settings) -> ASGIApp:
             Route("/", RedirectResponse("/docs"), methods=["GET"]),
         ],
         middleware=[Middleware(Gate, settings=settings)],
+        # A client that leaves during its request is no defect; nobody reads the answer then.
         exception_handlers=dict.fromkeys((HTTPException, ClientDisconnect, Exception), on_error),
-        lifespan=lifespan,
+        lifespan=lambda app: running(settings, events),
     )
+    app.router.redirect_slashes = False
     # Around Starlette, whose handler for a 500 would stand outside of CORS as its middleware.
     cors = Cors(
         app,

@@ -4,6 +4,7 @@ them an upstream whose bytes the test writes one by one."""
 import asyncio
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -468,6 +469,7 @@ async def test_chunks_without_text_are_skipped_and_a_refusal_is_text(start):
         "usage": ("stop", {"usage": {"total_tokens": 9}}, {"tokens_used": 9}),
         "Groq's": ("stop", {"x_groq": {"usage": {"total_tokens": 9}}}, {"tokens_used": 9}),
         "no usage": ("stop", {"usage": None, "x_groq": {"id": "x"}}, {"tokens_used": None}),
+        "nonsense": (7, {"usage": {"total_tokens": math.nan}, "model": 5}, {"finish_reason": None}),
     },
 )
 async def test_what_the_upstream_tells_of_its_answer_is_told(start, reason, more, facts):
@@ -481,6 +483,7 @@ async def test_what_the_upstream_tells_of_its_answer_is_told(start, reason, more
     response = await client.post("/ask", json=PLAIN)
     assert response.json() == {"response": "Hola", **expected}
     assert response.headers["content-type"] == "application/json"
+    assert (await client.get("/logs")).status_code == 200
 
 
 async def unsized(call: Call) -> None:
@@ -538,6 +541,7 @@ async def test_an_end_of_the_upstream_is_an_end(start, script):
         "finish_reason, reset": stream(HOLA + FINISH, Call.reset),
         "error": stream(HOLA + ERROR + DONE, Call.end),
         "HTML": stream(HOLA + b"data: " + HTML + b"\n\n" + DONE, Call.end),
+        "more than JSON": stream(HOLA + b'data: {"choices":[]}{}\n\n' + DONE, Call.end),
         "null": stream(HOLA + b"data: null\n\n" + DONE, Call.end),
         "number": stream(HOLA + b'data: {"choices":[{"delta":{"content":5}}]}\n\n', Call.hang),
         "depth": stream(HOLA + b"data: " + b"[" * 100_000 + b"\n\n" + DONE, Call.end),
@@ -564,6 +568,7 @@ async def test_anything_else_is_an_error_and_never_looks_complete(start, script)
         "error": (ASK, stream(ERROR, DONE, Call.end)),
         "HTML for a stream": (ASK, replies(200, HTML, content_type="text/html")),
         "HTML": (PLAIN, replies(200, HTML, content_type="text/html")),
+        "more than JSON": (PLAIN, replies(200, json.dumps(completion("Hola")).encode() + HTML)),
         "error object": (PLAIN, replies(200, refused("SECRET"))),
         "no choices": (PLAIN, replies(200, {"choices": []})),
         "no message": (PLAIN, replies(200, {"choices": [{"message": None}]})),
@@ -1330,10 +1335,10 @@ def test_each_variable_is_read_and_an_empty_one_counts_as_not_set_but_for_the_or
     ("name", "accepted", "texts"),
     [
         ("OPENAI_BASE_URL", "http", "ftp://a.example a.example:80 http://a:b http://[/v1"),
-        ("OPENAI_BASE_URL", "http", "http://a.example:99999/v1"),
+        ("OPENAI_BASE_URL", "http", "http://a.example:99999/v1 http://999.1.1.1/v1 http://é..x/v1"),
         ("OPENAI_TIMEOUT", "number", "abc nan inf 0 0.0 -1"),
         ("OPENAI_MAX_RETRIES", "0", "-1 1.5 two sk-secret-in-the-wrong-line"),
-        ("API_HOST", "address", "http://localhost a.example/b"),
+        ("API_HOST", "address", "http://localhost a.example/b é..x"),
         ("API_PORT", "65535", "abc 1_0 70000 -1 +5 80.0"),
         ("ALLOWED_HOSTS", "host names", "http://app.example app.example:80 a/b"),
         ("CORS_ORIGINS", "://", "app.example https://app.example/ null"),
@@ -1500,6 +1505,7 @@ async def test_only_a_body_that_is_announced_as_json_is_read(shared):
     [
         ("GET POST PUT", "/nothing", None),
         ("GET POST", "/ask/more", None),
+        ("GET POST", "/status/", None),
         ("GET PUT DELETE OPTIONS", "/ask", "POST"),
         ("POST PUT", "/status", "GET"),
         ("POST DELETE", "/logs", "GET"),
@@ -1922,6 +1928,18 @@ async def test_uvicorn_runs_the_very_same_app(upstream, tmp_path):
         problem(await running.client.post("/ask", json={}), "invalid_request")
         running.process.send_signal(signal.SIGINT)
         assert "ask finished" in str(await running.ended())
+
+
+async def test_what_a_stop_cuts_after_its_grace_is_closed_and_logged(upstream, tmp_path):
+    upstream.scripts = [stream(chunk("Ho"), Call.hang)]
+    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url}
+    grace = ("--timeout-graceful-shutdown", "1")
+    async with launched(*UVICORN, *grace, cwd=tmp_path, **env) as running:
+        async with running.client.stream("POST", "/ask", json=ASK) as response:
+            await anext(response.aiter_raw())
+            running.process.send_signal(signal.SIGTERM)
+            await soon(upstream.calls[0].left)
+        assert "ask cancelled" in str(await running.ended())
 
 
 def media(document: Any, path: str, status: int = 0) -> Any:
