@@ -1936,10 +1936,11 @@ async def test_what_a_stop_cuts_after_its_grace_is_closed_and_logged(upstream, t
     grace = ("--timeout-graceful-shutdown", "1")
     async with launched(*UVICORN, *grace, cwd=tmp_path, **env) as running:
         async with running.client.stream("POST", "/ask", json=ASK) as response:
-            await anext(response.aiter_raw())
+            reads = response.aiter_raw()
+            await anext(reads)
             running.process.send_signal(signal.SIGTERM)
             await soon(upstream.calls[0].left)
-        assert "ask cancelled" in str(await running.ended())
+            assert "ask cancelled" in str(await running.ended())
 
 
 def media(document: Any, path: str, status: int = 0) -> Any:
