@@ -1934,13 +1934,15 @@ async def test_what_a_stop_cuts_after_its_grace_is_closed_and_logged(upstream, t
     upstream.scripts = [stream(chunk("Ho"), Call.hang)]
     env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url}
     grace = ("--timeout-graceful-shutdown", "1")
-    async with launched(*UVICORN, *grace, cwd=tmp_path, **env) as running:
-        async with running.client.stream("POST", "/ask", json=ASK) as response:
-            reads = response.aiter_raw()
-            await anext(reads)
-            running.process.send_signal(signal.SIGTERM)
-            await soon(upstream.calls[0].left)
-            assert "ask cancelled" in str(await running.ended())
+    async with (
+        launched(*UVICORN, *grace, cwd=tmp_path, **env) as running,
+        running.client.stream("POST", "/ask", json=ASK) as response,
+    ):
+        reads = response.aiter_raw()
+        await anext(reads)
+        running.process.send_signal(signal.SIGTERM)
+        await soon(upstream.calls[0].left)
+        assert "ask cancelled" in str(await running.ended())
 
 
 def media(document: Any, path: str, status: int = 0) -> Any:
