@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 import time
+import tomllib
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -1943,6 +1944,11 @@ async def test_what_a_stop_cuts_after_its_grace_is_closed_and_logged(upstream, t
         running.process.send_signal(signal.SIGTERM)
         await soon(upstream.calls[0].left)
         assert "ask cancelled" in str(await running.ended())
+
+
+def test_both_lists_of_dependencies_are_the_same():
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())
+    assert project["project"]["dependencies"] == project["dependency-groups"]["run"]
 
 
 def media(document: Any, path: str, status: int = 0) -> Any:
