@@ -1219,11 +1219,7 @@ def connect(settings: Settings, base_url: str) -> AsyncOpenAI:
     # Without a key no ask gets as far as this; the client insists on one.
     key = settings.openai_api_key or "none"
     return AsyncOpenAI(
-        api_key=key,
-        base_url=base_url,
-        timeout=None,
-        max_retries=0,
-        http_client=http_client,
+        api_key=key, base_url=base_url, timeout=None, max_retries=0, http_client=http_client
     )
 
 
@@ -1250,13 +1246,8 @@ async def running(settings: Settings, events: EventLog) -> AsyncIterator[State]:
             base_url, model = await owned.enter_async_context(serve_demo()), "demo"
         client = await owned.enter_async_context(connect(settings, base_url))
         upstream, asks = Upstream(client, model, settings.secret), Asks()
-        yield State(
-            settings=settings,
-            events=events,
-            upstream=upstream,
-            asks=asks,
-            started=time.monotonic(),
-        )
+        now = time.monotonic()
+        yield State(settings=settings, events=events, upstream=upstream, asks=asks, started=now)
         # uvicorn has just cut what was left, and would be gone before it is closed and logged.
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
