@@ -239,7 +239,7 @@ class EventLog:
         # Head and tail, because a traceback says most in its last line.
         return text if len(text) <= 2000 else f"{text[:997]} [...] {text[-996:]}"
 
-    def tail(self, *, level: str | None, limit: int) -> list[dict[str, Any]]:
+    def tail(self, *, level: str | None, limit: int) -> list[Json]:
         """The newest *limit* events, of one level where one is given, oldest first."""
         wanted = (event for event in reversed(self._events) if level in (None, event["level"]))
         return list(itertools.islice(wanted, limit))[::-1]
@@ -597,8 +597,10 @@ FIELD = r"(max_tokens|max_completion_tokens|temperature)\b"
 UNSUPPORTED = re.compile(
     r"(?:unsupported|unknown|unrecognized)\s(?:request\s)?(?:parameter|param|argument|field|value)"
     rf"(?:s|\(s\))?(?:\ssupplied)?\W+{FIELD}"
-    rf"|\b{FIELD}\W?\s(?:parameter\s)?(?:is\s(?:(?:not\s|un)supported|deprecated)|does\snot\ssupport)"
-    rf"|(?:\snot|n't)\ssupport\s(?:the\s)?(?:parameters?)?\W*{FIELD}(?!\W?\s(?:values?|above|over|below)\b)",
+    rf"|\b{FIELD}\W?\s(?:parameter\s)?"
+    r"(?:is\s(?:(?:not\s|un)supported|deprecated)|does\snot\ssupport)"
+    rf"|(?:\snot|n't)\ssupport\s(?:the\s)?(?:parameters?)?\W*{FIELD}"
+    r"(?!\W?\s(?:values?|above|over|below)\b)",
     re.IGNORECASE,
 )
 
@@ -1103,7 +1105,7 @@ def schemas() -> Json:
     about: Json = {"status": {"const": "running"}, "version": text, "model": text}
     about |= {"openai_connected": {"type": "boolean"}, "uptime_seconds": {"type": "number"}}
     about["asks"] = schema("Since the start.", **{each.name: number for each in fields(Asks)})
-    event: Json = {"timestamp": date, "level": {"enum": get_args(Level)}, "message": text}
+    event: Json = {"timestamp": date, "level": {"enum": LEVELS}, "message": text}
     event["metadata"] = {"type": ["object", "null"]}
     return {
         **asked.pop("$defs"),

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -843,8 +844,9 @@ async def test_the_upstreams_own_message_is_handed_on(start, body):
 
 @pytest.mark.parametrize("status", [400, 429])
 @pytest.mark.parametrize("kind", ["text/html", "application/json"])
-async def test_a_page_of_html_is_never_handed_on(start, status, kind):
-    client = await start(replies(status, HTML, content_type=kind), openai_max_retries=0)
+@pytest.mark.parametrize("body", [HTML, refused(HTML.decode())], ids=["bare", "in JSON"])
+async def test_a_page_of_html_is_never_handed_on(start, status, kind, body):
+    client = await start(replies(status, body, content_type=kind), openai_max_retries=0)
     response = await client.post("/ask", json=ASK)
     assert (response.status_code, "<" in response.text) == (status, False)
 
@@ -1624,9 +1626,13 @@ async def test_pages_may_post_from_allowed_origins_and_the_service_s_own(shared,
 async def test_a_foreign_origin_is_warned_about_by_name(client):
     headers = {"Origin": "http://127.0.0.1:4200", "X-Request-ID": "mine"}
     problem(await client.post("/ask", json=ASK, headers=headers), "origin_not_allowed")
-    (event,) = await load(client, "/logs?level=WARNING")
-    assert event["metadata"]["request_id"] == "mine"
-    assert all(word in str(event) for word in ("http://127.0.0.1:4200", "CORS_ORIGINS"))
+    # A post of JSON is preflighted, and the browser does not send it when that is refused.
+    preflight = headers | {"Access-Control-Request-Method": "POST"}
+    assert (await client.options("/ask", headers=preflight)).status_code == 400
+    warnings = await load(client, "/logs?level=WARNING")
+    assert [event["metadata"]["request_id"] for event in warnings] == ["mine", "mine"]
+    for word in ("http://127.0.0.1:4200", "CORS_ORIGINS"):
+        assert all(word in str(event) for event in warnings)
 
 
 async def test_a_star_lets_every_origin_in():
@@ -1744,6 +1750,22 @@ async def test_the_models_list_tells_of_a_connection(start, upstream, did, conne
     assert bool(upstream.calls) == (did != "was not there")
 
 
+async def test_without_a_key_nothing_is_connected_or_asked(start, upstream):
+    client = await start(openai_api_key="")
+    assert (await load(client, "/status"))["openai_connected"] is False
+    assert not upstream.calls
+
+
+async def test_there_may_be_files_enough_for_every_ask(start):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
+    try:
+        await start(max_concurrent_asks=400)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 2 * 400
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 async def test_calls_share_a_probe_that_hangs_for_six_seconds_at_most(client, upstream):
     upstream.scripts = [Call.hang]
     async with asyncio.timeout(6):
@@ -1751,6 +1773,12 @@ async def test_calls_share_a_probe_that_hangs_for_six_seconds_at_most(client, up
         states.append(await load(client, "/status"))
     assert [each["openai_connected"] for each in states] == [False] * 4
     assert len(upstream.calls) == 1
+
+
+async def test_what_other_libraries_log_is_in_the_log_whatever_its_text(client):
+    logging.getLogger("library").error("worker died: %s", "CancelledError()")
+    (event,) = await load(client, "/logs?level=ERROR")
+    assert event["message"] == "worker died: CancelledError()"
 
 
 async def test_logs_hold_the_newest_events_oldest_first_and_no_more_than_the_buffer(start):
