@@ -661,6 +661,15 @@ async def test_only_what_was_asked_goes_upstream(client, upstream):
     assert {call.headers["authorization"] for call in upstream.calls} == {f"bearer {KEY}"}
 
 
+async def test_the_upstream_gets_no_header_that_it_has_no_use_for(client, upstream):
+    await client.post("/ask", json=ASK)
+    await client.post("/ask", json=PLAIN)
+    useful = {"host", "authorization", "accept", "accept-encoding", "user-agent"}
+    body = {"content-type", "content-length"}
+    assert [call.headers.keys() for call in upstream.calls] == [useful | body] * 2
+    assert upstream.calls[0].headers["accept-encoding"] == "identity"
+
+
 @pytest.fixture
 def proxy(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> FakeUpstream:
     """The fake upstream, reached at the address of any host but this."""
