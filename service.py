@@ -55,7 +55,8 @@ from structlog.types import EventDict, FilteringBoundLogger, WrappedLogger
 VERSION = "1.0.0"
 JSON, PROBLEM, SSE = "application/json", "application/problem+json", "text/event-stream"
 CDN = "https://cdn.jsdelivr.net/npm"
-KEY_SHAPED = r"(?<![A-Za-z0-9])sk-[\w*.-]+|\b(?i:bearer)\s+[^\s\"',]+"
+# Each alternative begins with a letter, so that a search leaps to it: at a third of the cost.
+KEY_SHAPED = r"sk-(?<![A-Za-z0-9]sk-)[\w*.-]+|[Bb](?i:earer)\s+[^\s\"',]+"
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 Fields = Mapping[str, str] | None
@@ -215,6 +216,9 @@ def environment() -> dict[str, str]:
     }
 
 
+PLAIN = int | float | None
+
+
 class EventLog:
     """The newest log events, as a structlog processor: what it lets pass, it keeps.
 
@@ -233,7 +237,7 @@ class EventLog:
         return {**head, **told}
 
     def _shown(self, value: object) -> object:
-        if value is None or isinstance(value, int | float):
+        if isinstance(value, PLAIN):
             return value
         text = self._secret.sub("***", value if isinstance(value, str) else repr(value))
         # Head and tail, because a traceback says most in its last line.
@@ -656,14 +660,14 @@ class Upstream:
 
     def body(self, ask: Ask) -> dict[str, object]:
         """The chat completion request for *ask*, in the fields that the model takes."""
-        given = ask.model_dump(exclude_unset=True)
-        turns = [*given.get("history", []), {"role": "user", "content": ask.prompt}]
+        turns = [turn.model_dump() for turn in ask.history]
+        turns.append({"role": "user", "content": ask.prompt})
         body = {"model": self.model, "messages": turns, "stream": ask.stream}
         if ask.stream:
             body["stream_options"] = {"include_usage": True}
-        if "max_tokens" in given:
+        if "max_tokens" in ask.model_fields_set:
             body[self.token_field] = ask.max_tokens
-        if "temperature" in given and self.takes_temperature:
+        if "temperature" in ask.model_fields_set and self.takes_temperature:
             body["temperature"] = ask.temperature
         return body
 
@@ -884,7 +888,7 @@ class Answer(StreamingResponse):
         async with self.writing:
             if not self.started:
                 if last:
-                    self.headers["Content-Length"] = str(len(part))
+                    self.raw_headers.append((b"content-length", b"%d" % len(part)))
                 start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                 await self.send(start)
                 self.started = True
@@ -1012,11 +1016,11 @@ class Answer(StreamingResponse):
 
 def authorize(request: Request[State]) -> None:
     """Raises 401 unless the request carries API_TOKEN, where one is set."""
-    token = request.state["settings"].api_token
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    right = secrets.compare_digest(given.strip().encode(), token.encode())
-    if token and not (right and scheme.lower() == "bearer"):
-        raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
+    if token := request.state["settings"].api_token:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = secrets.compare_digest(given.strip().encode(), token.encode())
+        if not (right and scheme.lower() == "bearer"):
+            raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
 
 async def ask(request: Request[State]) -> Response:
