@@ -55,8 +55,8 @@ from structlog.types import EventDict, FilteringBoundLogger, WrappedLogger
 VERSION = "1.0.0"
 JSON, PROBLEM, SSE = "application/json", "application/problem+json", "text/event-stream"
 CDN = "https://cdn.jsdelivr.net/npm"
-# Each alternative begins with a letter, so that a search leaps to it: at a third of the cost.
-KEY_SHAPED = r"sk-(?<![A-Za-z0-9]sk-)[\w*.-]+|[Bb](?i:earer)\s+[^\s\"',]+"
+# To look behind before the first letter would take three times as long.
+KEY_SHAPED = r"sk-(?<![A-Za-z0-9]sk-)[\w*.-]+|[Bb](?<!\w[Bb])(?i:earer)\s+[^\s\"',]+"
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 Fields = Mapping[str, str] | None
@@ -199,7 +199,7 @@ class Settings:
     def secret(self) -> re.Pattern[str]:
         """What must never be shown. A value so short that it may be any word cannot be hidden."""
         known = (value for value in (self.openai_api_key, self.api_token) if len(value) >= 8)
-        return re.compile("|".join([KEY_SHAPED, *map(re.escape, known)]))
+        return re.compile("|".join([*map(re.escape, known), KEY_SHAPED]))
 
 
 def environment() -> dict[str, str]:
@@ -214,9 +214,6 @@ def environment() -> dict[str, str]:
         for name, value in variables
         if value is not None and (value.strip() or name == "CORS_ORIGINS")
     }
-
-
-PLAIN = int | float | None
 
 
 class EventLog:
@@ -237,7 +234,7 @@ class EventLog:
         return {**head, **told}
 
     def _shown(self, value: object) -> object:
-        if isinstance(value, PLAIN):
+        if isinstance(value, int | float | None):
             return value
         text = self._secret.sub("***", value if isinstance(value, str) else repr(value))
         # Head and tail, because a traceback says most in its last line.
@@ -254,8 +251,9 @@ class Output:
 
     def msg(self, line: str) -> None:
         with suppress(OSError, ValueError):
-            # In one write: processes may share the output.
-            print(f"{line}\n", end="", flush=True)
+            # In one write, unlike print: processes may share the output.
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
 
     debug = info = warning = error = critical = msg
 
@@ -505,9 +503,6 @@ def number(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
-from_request = json.JSONDecoder(parse_float=number).decode
-
-
 async def read_json(request: Request[Any], limit: int) -> dict[str, object]:
     """The JSON object of at most *limit* bytes in the body; raises 400, 413 or 415."""
     media_type = request.headers.get("content-type", "").partition(";")[0]
@@ -521,8 +516,8 @@ async def read_json(request: Request[Any], limit: int) -> dict[str, object]:
         if len(body) > limit:
             raise Failure("body_too_large")
     try:
-        value = from_request(body.decode())
-        # The decoder takes more than JSON has: NaN, Infinity, half surrogate pairs.
+        value = json.loads(body.decode(), parse_float=number)
+        # json.loads takes more than JSON has: NaN, Infinity, half surrogate pairs.
         to_json(value).encode()
     except (ValueError, RecursionError) as exc:
         raise Failure("invalid_json", f"The body is not JSON in UTF-8: {exc}") from exc
@@ -628,15 +623,15 @@ def unsupported_field(error: BaseException | None) -> str | None:
     return next(filter(None, found.groups())) if found else None
 
 
-# Of what the client would tell about itself and this machine, eight headers that no upstream needs.
-TOLD = "Lang Package-Version OS Arch Runtime Runtime-Version Async Retry-Count"
+# What AsyncOpenAI would tell of itself and this machine, in headers that no upstream needs.
+TELEMETRY = "Lang Package-Version OS Arch Runtime Runtime-Version Async Retry-Count"
 OPTIONS: RequestOptions = {
     # Silence and further tries are the business of Answer, which knows its client.
     "timeout": None,
     "max_retries": 0,
     # Answer reads the bytes as they come over the wire.
     "headers": {"Accept-Encoding": "identity"}
-    | dict.fromkeys((f"X-Stainless-{name}" for name in TOLD.split()), omit),
+    | dict.fromkeys((f"X-Stainless-{name}" for name in TELEMETRY.split()), omit),
 }
 
 
@@ -1239,7 +1234,6 @@ def connect(settings: Settings, base_url: str) -> AsyncOpenAI:
     )
     http_client = DefaultAioHttpClient(
         limits=limits,
-        timeout=None,
         follow_redirects=False,
         trust_env=not settings.demo,
     )
