@@ -836,13 +836,13 @@ class Answer(StreamingResponse):
         failure: Failure | None = None
         try:
             async with asyncio.TaskGroup() as tasks, aclosing(self.parts):
-                watch = tasks.create_task(self.watch(receive))
+                # It sees its end itself: `receive` tells of the complete answer (ASGI, HTTP).
+                tasks.create_task(self.watch(receive))
                 async for part in self.parts:
                     await self.write(part, last=self.complete)
                     self.heard = self.sent
                     if self.complete:
                         self.close("ask finished")
-                watch.cancel()
         except* ClientDisconnect:
             pass
         except* Failure as group:
