@@ -629,6 +629,8 @@ OPTIONS: RequestOptions = {
     # Silence and further tries are the business of Answer, which knows its client.
     "timeout": None,
     "max_retries": 0,
+    # Never sent; AsyncOpenAI would make one for each ask.
+    "idempotency_key": "",
     # Answer reads the bytes as they come over the wire.
     "headers": {"Accept-Encoding": "identity"}
     | dict.fromkeys((f"X-Stainless-{name}" for name in TELEMETRY.split()), omit),
