@@ -1,17 +1,28 @@
 """A small back end between browser apps and any OpenAI-compatible API.
 
-    POST /ask -> Gate -----> ask -------------------> Answer ----------> relay
-                 400, 403    401, 413, 415, 422, 503  429, 502, 504      from the first byte on,
-                                                                         an `error` event
-    GET /status, GET /logs, GET /openapi.json, GET /docs, GET /redoc
+    POST /ask ---------------\\   middleware  endpoint                  Exchange
+    POST /v1/chat/completions -> 400, 403 -> 401, 408, 413, 415, 422 -> 429, 502, 503, 504
+                                                                        from the first byte on,
+                                                                        an error in the stream
+    GET /, /status, /logs, /metrics, /v1/models, /openapi.json, /docs, /redoc
 
 Run it with `python service.py` or `uvicorn service:app`; .env.example lists every setting.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # The imports below take most of a second; Ctrl-C then ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import asyncio
+import base64
+import bisect
 import codecs
+import email.utils
 import errno
-import io
+import hashlib
+import hmac
 import itertools
 import json
 import logging
@@ -21,61 +32,100 @@ import random
 import re
 import secrets
 import socket
+import sqlite3
+import string
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from email.utils import parsedate_to_datetime
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from types import TracebackType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+    get_type_hints,
+)
 from urllib.parse import urlsplit
 
-import openai
+import httpx2
 import structlog
 import uvicorn
 from dotenv import dotenv_values
-from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient, RequestOptions, omit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient, Omit, RequestOptions, omit
+from pydantic import (
+    MISSING,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import from_json
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, get_contextvars
 from structlog.types import EventDict, FilteringBoundLogger, WrappedLogger
+from typing_extensions import TypedDict
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 VERSION = "1.0.0"
 JSON, PROBLEM, SSE = "application/json", "application/problem+json", "text/event-stream"
-CDN = "https://cdn.jsdelivr.net/npm"
+TEXT = "text/plain; charset=utf-8"
 # To look behind before the first letter would take three times as long.
-KEY_SHAPED = r"sk-(?<![A-Za-z0-9]sk-)[\w*.-]+|[Bb](?<!\w[Bb])(?i:earer)\s+[^\s\"',]+"
+KEY_SHAPED = (
+    r"sk-(?<![A-Za-z0-9]sk-)[\w*.-]+"
+    r"|[Bb](?<!\w[Bb])(?i:earer)\s+[^\s\"',]+"
+    r"|eyJ(?<!\weyJ)[\w-]+\.[\w-]+\.[\w-]*"
+)
+MAX_UPSTREAM_BYTES = 32 * 2**20
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-Fields = Mapping[str, str] | None
-Json = dict[str, Any]
+LEVELS: tuple[Level, ...] = get_args(Level)
+JsonObject = dict[str, JsonValue]
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 log: FilteringBoundLogger = structlog.get_logger()
-from_json = json.JSONDecoder().decode
+to_ascii_json = json.JSONEncoder().encode
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
-def utf8(text: str) -> bytes:
-    r"""UTF-8; half a surrogate pair, which it cannot carry, becomes the JSON escape `\udXXX`."""
+def utf8_json(text: str) -> bytes:
+    r"""UTF-8 of JSON; `\u` escapes for what UTF-8 lacks and for what readers take for line ends.
+
+    The former are half surrogate pairs, the latter U+0085, U+2028 and U+2029.
+    """
+    if not text.isascii():
+        text = re.sub("[\x85\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
     return text.encode("utf-8", "backslashreplace")
 
 
 @lru_cache
-def ip(host: str) -> IPv4Address | IPv6Address | None:
+def parse_ip(host: str) -> IPv4Address | IPv6Address | None:
     """The address that *host* is, IPv4 also where it comes mapped into IPv6."""
     with suppress(ValueError):
         address = ip_address(host)
@@ -84,7 +134,7 @@ def ip(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    address = ip(host)
+    address = parse_ip(host)
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
@@ -92,7 +142,7 @@ class ConfigError(Exception):
     """Settings that cannot be used, a line for each."""
 
 
-def rule(accepted: str, pattern: str, convert: Callable[[str], T]) -> Callable[[str], T]:
+def matching(accepted: str, pattern: str, convert: Callable[[str], T]) -> Callable[[str], T]:
     """A parser of what matches *pattern* and converts; its ValueError says what is *accepted*."""
 
     def parse(text: str) -> T:
@@ -104,88 +154,160 @@ def rule(accepted: str, pattern: str, convert: Callable[[str], T]) -> Callable[[
     return parse
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def integer_between(low: int, high: int) -> Callable[[str], int]:
     def within(text: str) -> int:
         if not low <= int(text) <= high:
             raise ValueError
         return int(text)
 
-    return rule(f"a whole number from {low} to {high}", "[0-9]{1,15}", within)
+    return matching(f"a whole number from {low} to {high}", "[0-9]{1,15}", within)
 
 
-def items(text: str) -> tuple[str, ...]:
-    return tuple(item.strip().lower() for item in text.split(",") if item.strip())
+def seconds_from(low: float) -> Callable[[str], float]:
+    def within(text: str) -> float:
+        if float(text) < low:
+            raise ValueError
+        return float(text)
+
+    # A millisecond is as good as nothing, and what rounds to 0 would spin.
+    accepted = f"a number of seconds from {low:g} to 999999"
+    return matching(accepted, r"[0-9]{1,6}(\.[0-9]{1,6})?", within)
 
 
-def parseable(url: str) -> str:
-    """*url*; raises ValueError for a port out of range and for what only looks like an address."""
-    parts = urlsplit(url)
-    if parts.port == 0 or (
-        re.fullmatch("[0-9.]+", parts.hostname or "") and not ip(parts.hostname)
-    ):
-        raise ValueError
-    return url
+def comma_separated(accepted: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
+    """A parser of items that each match *pattern*; empty ones do not count."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        items = tuple(item.strip() for item in text.split(",") if item.strip())
+        if not all(re.fullmatch(pattern, item, re.ASCII) for item in items):
+            raise ValueError(accepted)
+        return items
+
+    return parse
 
 
-LEVELS = get_args(Level)
-level = rule(f"one of {', '.join(LEVELS)}", f"(?i:{'|'.join(LEVELS)})", str.upper)
-seconds = rule("a number of seconds above 0", r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?", float)
-visible = rule("made of visible ASCII characters only", "[!-~]+", str)
-http_url = rule(
-    "an http:// or https:// URL",
-    r"https?://([\w-]+(\.[\w-]+)*|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?",
-    parseable,
+def lower_case(parse: Callable[[str], T]) -> Callable[[str], T]:
+    return lambda text: parse(text.lower())
+
+
+def http_url(text: str) -> str:
+    """A parser of base URLs; the slash at the end, if there is one, is left out."""
+    pattern = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?"
+    with suppress(ValueError, httpx2.InvalidURL):
+        parts = urlsplit(text)
+        numeric = re.fullmatch("[0-9.]+", parts.hostname or "")
+        if not re.fullmatch(pattern, text) or parts.port == 0 or len(text) > 2000:
+            raise ValueError
+        if (
+            text.isprintable()
+            and httpx2.URL(text).host
+            and not (numeric and not parse_ip(numeric[0]))
+        ):
+            return text.rstrip("/")
+    raise ValueError("an http:// or https:// URL")
+
+
+def model_name(text: str) -> str:
+    if not text.isprintable() or len(text) > 256:
+        raise ValueError("the name of a model")
+    return text
+
+
+def prompt_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError("text in UTF-8") from exc
+    return text
+
+
+def long_secret(text: str) -> str:
+    if len(prompt_text(text).encode()) < 32:
+        raise ValueError("at least 32 bytes")
+    return text
+
+
+def extra_body(text: str) -> JsonObject:
+    """The JSON object in *text*, without what is the service's own business."""
+    own = {"model", "messages", "stream", "stream_options"}
+    with suppress(ValueError):
+        value = from_json(text, allow_inf_nan=False)
+        to_json(value).encode()  # refuses 1e999, which is read as infinity
+        if isinstance(value, dict) and own.isdisjoint(value):
+            return value
+    raise ValueError(f"a JSON object without {', '.join(sorted(own))}")
+
+
+level_name = matching(
+    f"one of {', '.join(LEVELS)}",
+    f"(?i:{'|'.join(LEVELS)})",
+    lambda text: cast(Level, text.upper()),
 )
-address = rule("a host name or an IP address", r"[\w.:%-]+", str)
-hosts = rule("host names separated by commas, or *", r"[\w.-]+(\s*,\s*[\w.-]*)*|\*", items)
-origins = rule(
-    "origins such as https://app.example.com separated by commas, or *",
-    r"(\s*\w[\w+.-]*://[^\s,/@?#*]+\s*(,|$))*|\*",
-    items,
+printable_ascii = matching("made of visible ASCII characters only", "[!-~]+", str)
+address = matching("a host name or an IP address", r"[\w.:%-]{1,253}", str)
+hosts = lower_case(comma_separated("host names separated by commas, or *", r"[\w.-]{1,253}|\*"))
+origins = lower_case(
+    comma_separated(
+        "origins such as https://app.example.com separated by commas, or *",
+        r"[a-z][a-z0-9+.-]*://[^\s,/@?#*]+|\*",
+    )
 )
-
-
-def setting(default: T, parse: Callable[[str], T], *, shown: bool = True) -> T:
-    """A field of Settings; *parse* raises ValueError with what it accepts."""
-    made: T = field(default=default, repr=shown, metadata={"parse": parse})
-    return made
+models = comma_separated("names of models separated by commas", r"[!-~]{1,256}")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says; each field is the variable of the same name in capitals."""
+    """What the environment says; each field is the variable of the same name in capitals.
 
-    openai_api_key: str = setting("", visible, shown=False)
-    openai_model: str = setting("gpt-5.4-mini", str)
-    openai_base_url: str = setting("https://api.openai.com/v1", http_url, shown=False)
-    openai_timeout: float = setting(120.0, seconds)
-    openai_max_retries: int = setting(2, whole(0, 100))
-    api_host: str = setting("127.0.0.1", address)
-    api_port: int = setting(8000, whole(0, 65535))
-    api_token: str = setting("", visible, shown=False)
-    allowed_hosts: tuple[str, ...] = setting((), hosts)
-    cors_origins: tuple[str, ...] = setting(
-        ("http://localhost:4200", "http://localhost:4201"), origins
+    Beside the type of each stands its parser, whose ValueError says what it accepts.
+    """
+
+    openai_api_key: Annotated[str, printable_ascii] = field(default="", repr=False)
+    openai_model: Annotated[str, model_name] = "gpt-5.4-mini"
+    openai_models: Annotated[tuple[str, ...], models] = ()
+    openai_base_url: Annotated[str, http_url] = field(
+        default="https://api.openai.com/v1", repr=False
     )
-    max_concurrent_asks: int = setting(1000, whole(1, 1_000_000))
-    max_body_bytes: int = setting(1_048_576, whole(1, 1_000_000_000))
-    heartbeat_seconds: float = setting(15.0, seconds)
-    log_level: str = setting("INFO", level)
-    log_buffer_size: int = setting(1000, whole(1, 100_000))
+    openai_timeout: Annotated[float, seconds_from(0.001)] = 120.0
+    openai_max_retries: Annotated[int, integer_between(0, 100)] = 2
+    openai_extra_body: Annotated[JsonObject | None, extra_body] = field(default=None, repr=False)
+    system_prompt: Annotated[str, prompt_text] = field(default="", repr=False)
+    max_output_tokens: Annotated[int | None, integer_between(1, 1_000_000_000)] = None
+    api_host: Annotated[str, address] = "127.0.0.1"
+    api_port: Annotated[int, integer_between(0, 65535)] = 8000
+    max_concurrent_asks: Annotated[int, integer_between(1, 1_000_000)] = 1000
+    max_body_bytes: Annotated[int, integer_between(1, 1_000_000_000)] = 1_048_576
+    heartbeat_seconds: Annotated[float, seconds_from(0.1)] = 15.0
+    client_timeout: Annotated[float, seconds_from(0.001)] = 60.0
+    cors_origins: Annotated[tuple[str, ...], origins] = (
+        "http://localhost:4200",
+        "http://localhost:4201",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], hosts] = ()
+    api_token: Annotated[str, printable_ascii] = field(default="", repr=False)
+    jwt_secret: Annotated[str, long_secret] = field(default="", repr=False)
+    jwt_audience: Annotated[str, prompt_text] = ""
+    admin_token: Annotated[str, printable_ascii] = field(default="", repr=False)
+    rate_limit: Annotated[int, integer_between(0, 1_000_000)] = 0
+    daily_tokens: Annotated[int, integer_between(0, 10**15 - 1)] = 0
+    log_level: Annotated[Level, level_name] = "INFO"
+    log_buffer_size: Annotated[int, integer_between(1, 100_000)] = 1000
+    log_database: Annotated[str, prompt_text] = ""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Settings from the variables in *env*; raises ConfigError, a line for every wrong one."""
         values, wrong = {}, []
+        annotated = get_type_hints(cls, include_extras=True)
         for each in fields(cls):
             name = each.name.upper()
             text = env.get(name, "").strip()
             if not text and (name != "CORS_ORIGINS" or name not in env):
                 continue
             try:
-                values[each.name] = each.metadata["parse"](text)
+                values[each.name] = annotated[each.name].__metadata__[0](text)
             except ValueError as exc:
-                shown = re.sub(KEY_SHAPED, "***", repr(text)) if each.repr else "its value"
+                shown = re.sub(KEY_SHAPED, "***", ascii(text[:100])) if each.repr else "its value"
                 wrong.append(f"{name}: {shown} is not {exc}")
         if wrong:
             raise ConfigError("\n".join(wrong))
@@ -195,10 +317,16 @@ class Settings:
     def demo(self) -> bool:
         return self.openai_api_key == "demo"
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that a request may name, each once."""
+        return tuple(dict.fromkeys((self.openai_model, *self.openai_models)))
+
     @cached_property
     def secret(self) -> re.Pattern[str]:
         """What must never be shown. A value so short that it may be any word cannot be hidden."""
-        known = (value for value in (self.openai_api_key, self.api_token) if len(value) >= 8)
+        own = (self.openai_api_key, self.api_token, self.admin_token, self.jwt_secret)
+        known = (value for value in own if len(value) >= 8)
         return re.compile("|".join([*map(re.escape, known), KEY_SHAPED]))
 
 
@@ -216,49 +344,196 @@ def environment() -> dict[str, str]:
     }
 
 
+class LogEvent(TypedDict):
+    """`metadata` holds all other keys of the event."""
+
+    timestamp: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    level: Level
+    message: str
+    metadata: JsonObject | None
+
+
 class EventLog:
-    """The newest log events, as a structlog processor: what it lets pass, it keeps.
+    """The newest log events, in memory, as a structlog processor that lets them pass.
 
     It masks what is *secret* and cuts values to 2,000 characters.
     """
 
     def __init__(self, capacity: int, secret: re.Pattern[str]) -> None:
-        self._events: deque[Json] = deque(maxlen=capacity)
+        self.capacity = capacity
+        self._events: deque[tuple[int, LogEvent]] = deque(maxlen=capacity)
+        self._numbers = itertools.count(1)
         self._secret = secret
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        told = {key: self._shown(value) for key, value in event.items()}
-        head = {"timestamp": told.pop("timestamp"), "level": method.upper()}
-        head["message"] = told.pop("event")
-        self._events.append({**head, "metadata": told or None})
-        return {**head, **told}
+        values = {key: self._redacted(value) for key, value in event.items()}
+        entry = {
+            "timestamp": values.pop("timestamp"),
+            "level": method.upper(),
+            "message": values.pop("event"),
+        }
+        event_kept = cast(LogEvent, {**entry, "metadata": values or None})
+        self._events.append((next(self._numbers), event_kept))
+        return {**entry, **values}
 
-    def _shown(self, value: object) -> object:
-        if isinstance(value, int | float | None):
+    def _redacted(self, value: object) -> JsonValue:
+        if isinstance(value, int | None) or (isinstance(value, float) and math.isfinite(value)):
             return value
+        if isinstance(value, list | tuple):
+            return [self._redacted(item) for item in value[:100]]
+        if isinstance(value, dict):
+            pairs = itertools.islice(value.items(), 100)
+            return {str(self._redacted(str(key))): self._redacted(item) for key, item in pairs}
         text = self._secret.sub("***", value if isinstance(value, str) else repr(value))
         # Head and tail, because a traceback says most in its last line.
         return text if len(text) <= 2000 else f"{text[:997]} [...] {text[-996:]}"
 
-    def tail(self, *, level: str | None, limit: int) -> list[Json]:
+    def since(self, number: int) -> list[tuple[int, LogEvent]]:
+        """The events kept that came after the one of this *number*, oldest first."""
+        newest_first = reversed(list(self._events))  # a copy: other threads read here too
+        return list(itertools.takewhile(lambda each: each[0] > number, newest_first))[::-1]
+
+    async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
         """The newest *limit* events, of one level where one is given, oldest first."""
-        wanted = (event for event in reversed(self._events) if level in (None, event["level"]))
+        newest_first = (event for _, event in reversed(self._events))
+        wanted = (event for event in newest_first if level in (None, event["level"]))
         return list(itertools.islice(wanted, limit))[::-1]
 
 
-class Output:
+class LogDatabase:
+    """The newest events of all processes that share a SQLite file, in the place of *ring*.
+
+    Two threads do SQLite's work, so that no lock and no full disk holds up an ask. What cannot be
+    written stays in the ring and is tried again; where nothing can be read, the ring answers.
+    """
+
+    SCHEMA = """CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT,
+        run TEXT NOT NULL, number INTEGER NOT NULL, level TEXT NOT NULL, event TEXT NOT NULL,
+        UNIQUE (run, number))"""
+    BATCH_SECONDS, RETRY_SECONDS, READ_SECONDS = 0.05, 0.5, 2
+
+    def __init__(self, path: str, ring: EventLog) -> None:
+        """Opens the file at *path*; raises ConfigError where that is not to be had."""
+        self._path, self._ring = path, ring
+        self._run = secrets.token_hex(8)
+        self._written = 0
+        self._flushing = self._closing = False
+        self._writer, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._connection: sqlite3.Connection | None = None
+        try:
+            self._connection = self._open()
+        except (sqlite3.Error, OSError, ValueError) as exc:
+            if getattr(exc, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY:
+                raise ConfigError(f"LOG_DATABASE: {path!a} cannot be used: {exc}") from exc
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        if not self._flushing:
+            self._flushing = True
+            flush = self._writer.submit(self._flush)
+            if self._closing:
+                with suppress(TimeoutError):
+                    flush.result(timeout=1)
+        return event
+
+    async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
+        """As the ring's, of all processes; those of this one that wait to be written come last."""
+        loop = asyncio.get_running_loop()
+        with suppress(sqlite3.Error, OSError, ValueError, TimeoutError):
+            async with asyncio.timeout(self.READ_SECONDS):
+                return await loop.run_in_executor(self._reader, self._read, level, limit)
+        return await self._ring.tail(level=level, limit=limit)
+
+    def close(self) -> None:
+        """From here on each event is written at once: the process may end at any moment."""
+        self._closing = True
+        with suppress(TimeoutError):
+            self._writer.submit(self._flush).result(timeout=1)
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=1, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(self.SCHEMA)
+        connection.execute("SELECT run, number, level, event FROM events LIMIT 1")
+        connection.execute("BEGIN IMMEDIATE")  # fails where the file is read-only
+        connection.rollback()
+        self._inode = os.stat(self._path).st_ino
+        self._written = 0  # INSERT OR IGNORE skips what the file has
+        return connection
+
+    def _flush(self) -> None:
+        """In the writer's thread: write what waits, many events at once."""
+        if not self._closing:
+            time.sleep(self.BATCH_SECONDS)
+        self._flushing = False
+        try:
+            self._store()
+        except (sqlite3.Error, OSError):
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            if not self._closing:
+                self._flushing = True
+                time.sleep(self.RETRY_SECONDS)
+                with suppress(RuntimeError):  # the interpreter is on its way out
+                    self._writer.submit(self._flush)
+
+    def _store(self) -> None:
+        if self._connection is None or os.stat(self._path).st_ino != self._inode:
+            self._connection = self._open()
+        waiting = self._ring.since(self._written)
+        rows = [
+            (self._run, number, each["level"], utf8_json(to_json(each)).decode())
+            for number, each in waiting
+        ]
+        with self._connection as transaction:
+            transaction.executemany(
+                "INSERT OR IGNORE INTO events (run, number, level, event) VALUES (?, ?, ?, ?)",
+                rows,
+            )
+            transaction.execute(
+                "DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?",
+                (self._ring.capacity,),
+            )
+        self._written = waiting[-1][0] if waiting else self._written
+
+    def _read(self, level: str | None, limit: int) -> list[LogEvent]:
+        waiting = self._ring.since(self._written)
+        # A connection of its own each time, which sees the file that is there now.
+        uri = f"file:{os.path.abspath(self._path).replace('?', '%3f').replace('#', '%23')}?mode=ro"
+        connection = sqlite3.connect(uri, uri=True, timeout=0.2)
+        try:
+            rows = connection.execute(
+                "SELECT run, number, event FROM events WHERE ? IN (level, '') "
+                "ORDER BY id DESC LIMIT ?",
+                (level or "", limit),
+            ).fetchall()
+        finally:
+            connection.close()
+        stored = {number for run, number, _ in rows if run == self._run}
+        events: list[LogEvent] = [json.loads(event) for *_, event in reversed(rows)]
+        wanted = (each for number, each in waiting if number not in stored)
+        return [*events, *(each for each in wanted if level in (None, each["level"]))][-limit:]
+
+
+class StdoutLogger:
     """Standard output, as structlog wants it; when that is gone, the ring still has the event."""
 
     def msg(self, line: str) -> None:
-        with suppress(OSError, ValueError):
-            # In one write, unlike print: processes may share the output.
-            sys.stdout.write(f"{line}\n")
-            sys.stdout.flush()
+        if sys.stdout is not None:  # as under `>&-`
+            with suppress(OSError, ValueError):
+                # In one write, unlike print: processes may share the output.
+                sys.stdout.write(f"{line}\n")
+                sys.stdout.flush()
 
     debug = info = warning = error = critical = msg
 
 
-class Forward(logging.Handler):
+class ConnectionCut(Exception):
+    """Ends a response that was begun and cannot be completed: uvicorn closes its connection."""
+
+
+class StructlogHandler(logging.Handler):
     """Puts through structlog what others log."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -267,31 +542,57 @@ class Forward(logging.Handler):
         except Exception:
             self.handleError(record)  # the standard handlers' way with arguments that do not fit
             return
+        cut = record.exc_info and isinstance(record.exc_info[1], ConnectionCut)
         # A second Ctrl-C cuts what is under way, and uvicorn logs a traceback for each piece of it.
-        if record.name != "uvicorn.error" or "CancelledError" not in f"{record.exc_info}{message}":
-            log.log(level, message.strip(), exc_info=record.exc_info)
+        if cut or (
+            record.name == "uvicorn.error" and "CancelledError" in f"{record.exc_info}{message}"
+        ):
+            return
+        log.log(level, message.strip(), exc_info=record.exc_info)
 
 
-def configure_logging(level: str, events: EventLog) -> None:
-    """Send what anyone in this process logs through *events* to standard output."""
+def escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Escapes for control characters, which a terminal would obey, and for half surrogate pairs."""
+
+    def escaped(value: object) -> object:
+        text = repr(value) if isinstance(value, list | dict) else value
+        if not isinstance(text, str):
+            return value
+        unsafe = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
+        return re.sub(unsafe, lambda found: ascii(found[0])[1:-1], text)
+
+    traceback = event.pop("exception", None)
+    lines = (
+        {"exception": "\n".join(map(str, map(escaped, traceback.split("\n"))))} if traceback else {}
+    )
+    return {key: escaped(value) for key, value in event.items()} | lines
+
+
+def render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
+    return to_ascii_json(event)  # a fifth of the cost of structlog's JSONRenderer
+
+
+def configure_logging(level: str, *sinks: Callable[[Any, str, EventDict], EventDict]) -> None:
+    """Send what anyone in this process logs through *sinks* to standard output."""
     styles = structlog.dev.ConsoleRenderer.get_default_level_styles()
     console = structlog.dev.ConsoleRenderer(
         event_key="message",
         level_styles={name.upper(): style for name, style in styles.items()},
         exception_formatter=structlog.dev.plain_traceback,
     )
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.TimeStamper("%Y-%m-%dT%H:%M:%S.%fZ"),
             structlog.processors.format_exc_info,
-            events,
-            console if sys.stdout.isatty() else structlog.processors.JSONRenderer(),
+            *sinks,
+            *([escape_controls, console] if terminal else [render_json]),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=Output,
+        logger_factory=StdoutLogger,
     )
-    logging.basicConfig(handlers=[Forward()], level=level, force=True)
+    logging.basicConfig(handlers=[StructlogHandler()], level=level, force=True)
     for name in ("openai", "httpx2", "httpcore2", "aiohttp"):
         # Below WARNING they log whole requests, prompts included.
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.root.level))
@@ -303,18 +604,55 @@ def configure_logging(level: str, events: EventLog) -> None:
         server.propagate = name != "uvicorn.access"
 
 
-ERRORS = {
+Code = Literal[
+    "invalid_json",
+    "host_not_allowed",
+    "upgrade_not_supported",
+    "upstream_rejected",
+    "unauthorized",
+    "origin_not_allowed",
+    "not_found",
+    "model_not_found",
+    "method_not_allowed",
+    "request_timeout",
+    "body_too_large",
+    "unsupported_media_type",
+    "invalid_request",
+    "rate_limited",
+    "too_many_asks",
+    "budget_exhausted",
+    "internal_error",
+    "upstream_auth",
+    "upstream_unreachable",
+    "upstream_error",
+    "not_configured",
+    "overloaded",
+    "upstream_timeout",
+]
+ERRORS: dict[Code, tuple[int, str]] = {
     "invalid_json": (400, "The body must be one JSON object in UTF-8."),
     "host_not_allowed": (400, "This Host is not served here; ALLOWED_HOSTS can name further ones."),
+    "upgrade_not_supported": (
+        400,
+        "Only HTTP/1.1 is spoken here: send no Upgrade header (Java: "
+        "HttpClient.newBuilder().version(HTTP_1_1); curl: --http1.1).",
+    ),
     "upstream_rejected": (400, "The model's API refused this request."),
     "unauthorized": (401, "A valid token is needed: `Authorization: Bearer <token>`."),
     "origin_not_allowed": (403, "This origin may not call; CORS_ORIGINS names those that may."),
     "not_found": (404, "There is nothing at this path."),
+    "model_not_found": (
+        404,
+        "This model may not be named here; GET /v1/models lists those that may.",
+    ),
     "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
+    "request_timeout": (408, "The body did not arrive within CLIENT_TIMEOUT."),
     "body_too_large": (413, "The body is larger than MAX_BODY_BYTES."),
     "unsupported_media_type": (415, "The body must be sent as application/json."),
     "invalid_request": (422, "The request has wrong fields; `errors` names each."),
     "rate_limited": (429, "The model's API has had too many requests; try again later."),
+    "too_many_asks": (429, "You have used up your RATE_LIMIT; Retry-After says when to ask again."),
+    "budget_exhausted": (429, "The DAILY_TOKENS of all callers are used up until midnight UTC."),
     "internal_error": (500, "The service failed; its log says why, under this request_id."),
     "upstream_auth": (502, "The model's API did not accept the service's key."),
     "upstream_unreachable": (502, "The model's API cannot be reached."),
@@ -323,55 +661,153 @@ ERRORS = {
     "overloaded": (503, "MAX_CONCURRENT_ASKS asks are under way; try again shortly."),
     "upstream_timeout": (504, "The model's API was silent for longer than OPENAI_TIMEOUT."),
 }
+# What an ask is never answered, or only where a token is set or under /v1.
+NOT_OF_ASKS = {"not_found", "method_not_allowed", "unauthorized", "host_not_allowed"}
+NOT_OF_ASKS |= {"internal_error", "model_not_found"}
 # The names of RFC 9110; Python before 3.13 has older ones.
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
+class FieldError(TypedDict):
+    """A wrong field of the request; nested ones as `history.0.role`."""
+
+    field: str
+    detail: str
+
+
+class Problem(TypedDict):
+    """Why a request failed (RFC 9457)."""
+
+    title: str
+    status: int
+    detail: str
+    code: Code
+    request_id: str
+    errors: NotRequired[Annotated[list[FieldError], Field(max_length=100)]]
+
+
+class ErrorEvent(TypedDict):
+    """The end of an answer that broke off."""
+
+    type: Literal["error"]
+    error: str
+    code: Code
+    status: int
+    request_id: str
+    retry_after: NotRequired[Annotated[int, Field(ge=0, le=86400)]]
+
+
+class OpenAIErrorDetail(TypedDict):
+    message: str
+    type: Literal[
+        "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
+    ]
+    param: str | None
+    code: Code
+
+
+class OpenAIError(TypedDict):
+    """Why a request under `/v1` failed, in the shape that OpenAI's libraries read."""
+
+    error: OpenAIErrorDetail
+
+
 class Failure(HTTPException):
-    """One of ERRORS: problem JSON before the first byte of an answer, an `error` event after it."""
+    """One of ERRORS: a status before the first byte of an answer, an event after it."""
 
     def __init__(
-        self, code: str, detail: str = "", headers: Fields = None, retry_after: int | None = None
+        self,
+        code: Code,
+        detail: str = "",
+        *,
+        headers: Mapping[str, str] | None = None,
+        retry_after: int | None = None,
+        errors: Collection[FieldError] = (),
     ) -> None:
         status, sentence = ERRORS[code]
         waiting = {} if retry_after is None else {"Retry-After": str(retry_after)}
         super().__init__(status, detail or sentence, {**(headers or {}), **waiting})
-        self.code = code
+        self.code: Code = code
         self.retry_after = retry_after
-        self.errors: list[dict[str, str]] = []
+        self.errors = list(errors)
 
-    def problem(self, request_id: str) -> Json:
-        """The body that RFC 9457 asks for."""
+    def problem(self, request_id: str) -> Problem:
         status = self.status_code
-        title = TITLES.get(status) or HTTPStatus(status).phrase
-        body: Json = {"title": title, "status": status, "detail": self.detail}
-        body |= {"code": self.code, "request_id": request_id}
-        return body | ({"errors": self.errors} if self.errors else {})
+        problem = Problem(
+            title=TITLES.get(status) or HTTPStatus(status).phrase,
+            status=status,
+            detail=self.detail,
+            code=self.code,
+            request_id=request_id,
+        )
+        if self.errors:
+            problem["errors"] = self.errors
+        return problem
 
-    def event(self, request_id: str) -> Json:
-        body: Json = {"type": "error", "error": self.detail, "code": self.code}
-        body |= {"status": self.status_code, "request_id": request_id}
-        return body | ({"retry_after": self.retry_after} if self.retry_after is not None else {})
+    def error_event(self, request_id: str) -> ErrorEvent:
+        event = ErrorEvent(
+            type="error",
+            error=self.detail,
+            code=self.code,
+            status=self.status_code,
+            request_id=request_id,
+        )
+        if self.status_code == 429 and self.retry_after is not None:
+            event["retry_after"] = self.retry_after
+        return event
+
+    def openai_error(self) -> OpenAIError:
+        status = self.status_code
+        kind: Any = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
+        kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
+        message, param = self.detail, None
+        if self.errors:
+            param = self.errors[0]["field"]
+            if self.code == "invalid_request":
+                message = "; ".join(f"{each['field']}: {each['detail']}" for each in self.errors)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
-def reply(value: object, status: int = 200, headers: Fields = None, kind: str = JSON) -> Response:
-    return Response(utf8(to_json(value)), status, headers, kind)
+def json_response(
+    value: object,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    media_type: str = JSON,
+) -> Response:
+    return Response(utf8_json(to_json(value)), status, headers, media_type)
 
 
-async def on_error(request: Request | None, exc: Exception) -> Response:
-    """Problem JSON; what is no Failure is the router's 404 or 405, or a defect of ours."""
+ASK_PATHS = frozenset({"/ask", "/v1/chat/completions"})
+
+
+def route_path(scope: Scope) -> str:
+    """The path of the request, without the prefix that `--root-path` names."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+async def error_response(request: Request[Any], exc: Exception) -> Response:
+    """The answer to what failed before it began; what is no Failure is the router's, or a defect.
+
+    Problem JSON, but under `/v1` what OpenAI's libraries read.
+    """
     if isinstance(exc, Failure):
         failure = exc
     elif isinstance(exc, HTTPException):
-        code = "method_not_allowed" if exc.status_code == 405 else "not_found"
+        code: Code = "method_not_allowed" if exc.status_code == 405 else "not_found"
         failure = Failure(code, headers=exc.headers)
     else:
         failure = Failure("internal_error")
-    body = failure.problem(get_contextvars()["request_id"])
-    return reply(body, failure.status_code, failure.headers, PROBLEM)
+    path, state = route_path(request.scope), request.scope.get("state", {})
+    if path in ASK_PATHS and "accepted" not in state:
+        state["metrics"].count_refused(failure.code)
+    if path == "/v1" or path.startswith("/v1/"):
+        return json_response(failure.openai_error(), failure.status_code, failure.headers)
+    problem = failure.problem(get_contextvars()["request_id"])
+    return json_response(problem, failure.status_code, failure.headers, PROBLEM)
 
 
-class RequestContext:
+class RequestIDMiddleware:
     """Gives each request its id: on the response, in errors, and in every event logged for it."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -397,21 +833,49 @@ class RequestContext:
         return await self.app(scope, receive, send_with_id)
 
 
-def warn_of(origin: str) -> None:
-    log.warning("origin not allowed", origin=origin, remedy="add it to CORS_ORIGINS")
+class OriginWarning:
+    """Logs an origin that was refused, at most one a second: a flood would fill the log."""
+
+    def __init__(self) -> None:
+        self.last = -math.inf
+
+    def __call__(self, origin: str) -> None:
+        if time.monotonic() >= self.last + 1:
+            self.last = time.monotonic()
+            log.warning("origin not allowed", origin=origin, remedy="add it to CORS_ORIGINS")
 
 
-class Gate:
+class LoggingCORSMiddleware(CORSMiddleware):
+    """CORS that logs the origins it refuses, of which a browser tells its developer nothing."""
+
+    def __init__(self, app: ASGIApp, origins: tuple[str, ...], warn: OriginWarning) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
+        self.warn = warn
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        if not self.is_allowed_origin(request_headers["origin"]):
+            self.warn(request_headers["origin"])
+        return super().preflight_response(request_headers)
+
+
+class HostOriginMiddleware:
     """Refuses names that DNS rebinding would carry, and what pages of other origins post."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, warn: OriginWarning) -> None:
         self.app = app
         self.hosts = frozenset(settings.allowed_hosts)
         self.origins = frozenset(settings.cors_origins)
+        self.warn = warn
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         failure = self.refusal(scope) if scope["type"] == "http" else None
-        app = await on_error(None, failure) if failure else self.app
+        app = await error_response(Request(scope), failure) if failure else self.app
         await app(scope, receive, send)
 
     def refusal(self, scope: Scope) -> Failure | None:
@@ -419,8 +883,13 @@ class Gate:
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         if not self.allows_host(host, scope["server"]):
             return Failure("host_not_allowed")
-        if scope["method"] == "POST" and origin and not self.allows_origin(origin, host):
-            warn_of(origin)
+        if scope["method"] != "POST":
+            return None
+        if "upgrade" in headers:
+            # uvicorn's parser has lost the body, and would take a late one for the next request.
+            return Failure("upgrade_not_supported", headers={"Connection": "close"})
+        if origin and not self.allows_origin(origin, host):
+            self.warn(origin)
             return Failure("origin_not_allowed")
         return None
 
@@ -428,9 +897,12 @@ class Gate:
         local = server is not None and is_loopback(server[0])
         if "*" in self.hosts or not (self.hosts or local):
             return True
+        # A name has 253 characters at most (RFC 1035); urlsplit would keep longer ones in a cache.
+        if len(host) > 260:
+            return False
         with suppress(ValueError):
             name = urlsplit(f"//{host}").hostname or ""
-            return name == "localhost" or name in self.hosts or ip(name) is not None
+            return name == "localhost" or name in self.hosts or parse_ip(name) is not None
         return False
 
     def allows_origin(self, origin: str, host: str) -> bool:
@@ -438,17 +910,14 @@ class Gate:
         return not self.origins.isdisjoint({origin, "*"}) or origin.partition("://")[2] == host
 
 
-class Cors(CORSMiddleware):
-    """Logs the origins that it refuses, of which a browser tells its developer next to nothing."""
-
-    def preflight_response(self, request_headers: Headers) -> Response:
-        if not self.is_allowed_origin(request_headers["origin"]):
-            warn_of(request_headers["origin"])
-        return super().preflight_response(request_headers)
+def integral(value: object) -> object:
+    """1.0 as 1: to JSON Schema it is an integer (section 6.1.1)."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def omitted() -> Any:
-    """The default of a field that may be left out but not be null."""
+def whole_number(low: int, high: int | None = None) -> Any:
+    # The bounds first: behind a validator they would be lost to the schema.
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(integral)]
 
 
 class Turn(BaseModel):
@@ -466,101 +935,702 @@ class Ask(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     prompt: str = Field(pattern=r"\S", description="What the user says now; not blank.")
-    history: list[Turn] = Field([], description="Earlier turns, oldest first.")
-    temperature: float = Field(default_factory=omitted, ge=0, le=2)
-    max_tokens: int = Field(
-        default_factory=omitted, ge=1, description="Upper bound on what the model may write."
+    history: list[Turn] = Field([], max_length=1000, description="Earlier turns, oldest first.")
+    model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
+    temperature: Annotated[float, Field(ge=0, le=2)] | MISSING = MISSING
+    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(integral)] | MISSING = Field(
+        MISSING, description="Upper bound on what the model may write."
     )
-    stream: bool = Field(True, description="Server-Sent Events, or one JSON object.")
+    stream: bool = Field(True, description="A stream, or the whole answer at once.")
+
+
+class ChatCompletionRequest(BaseModel):
+    """OpenAI's own request; further fields (tools, images, ...) go upstream as they come."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1), FailFast()]
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
 
 
 class LogsQuery(BaseModel):
     model_config = ConfigDict(strict=True)
 
     limit: int = Field(100, ge=1, le=1000, description="At most so many events, the newest.")
-    level: Level = Field(
-        default_factory=omitted, description="Only events of exactly this level, in any case."
+    level: Level | MISSING = Field(
+        MISSING, description="Only events of exactly this level, in any case."
     )
 
 
-def validated(model: type[M], values: Mapping[str, object]) -> M:
-    """*values* as a *model*; raises a Failure that names every wrong field."""
+def ask_model(settings: Settings) -> type[Ask]:
+    """Ask within the bounds that the operator has set."""
+    literal: Any = Literal
+    narrowed: dict[str, Any] = {
+        "model": (literal[settings.models] | MISSING, Ask.model_fields["model"])
+    }
+    if settings.system_prompt:
+        roles: Any = Literal["user", "assistant"]
+        turn: Any = create_model("Turn", __base__=Turn, role=(roles, ...))
+        narrowed["history"] = (cast(Any, list)[turn], Ask.model_fields["history"])
+    if limit := settings.max_output_tokens:
+        bounded = whole_number(1, limit)
+        narrowed["max_tokens"] = (bounded | MISSING, Ask.model_fields["max_tokens"])
+    return create_model("Ask", __base__=Ask, **narrowed)
+
+
+class CallersMessage(TypedDict):
+    """A message of the kinds that a caller may send where the operator has a SYSTEM_PROMPT."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
+
+    role: Literal["user", "assistant", "tool", "function"]
+
+
+def chat_model(settings: Settings) -> type[ChatCompletionRequest]:
+    """ChatCompletionRequest within the bounds that the operator has set."""
+    narrowed: dict[str, Any] = {}
+    if settings.system_prompt:
+        messages = Annotated[list[CallersMessage], Field(min_length=1), FailFast()]
+        narrowed["messages"] = (messages, ...)
+    if limit := settings.max_output_tokens:
+        bounded = whole_number(1, limit)
+        narrowed["max_tokens"] = narrowed["max_completion_tokens"] = (bounded | None, None)
+        # llama.cpp's own name, which wins over the other two there.
+        narrowed["n_predict"] = (bounded | MISSING, MISSING)
+        narrowed["n"] = (whole_number(1, 1) | None, None)
+    return create_model("ChatCompletionRequest", __base__=ChatCompletionRequest, **narrowed)
+
+
+def prune(value: JsonValue, known: Collection[str]) -> JsonValue:
+    """*value* with 100 entries a level at most, the *known* ones kept."""
+    if isinstance(value, list):
+        return [prune(item, known) for item in value[:100]]
+    if isinstance(value, dict):
+        kept = sorted(value, key=lambda name: name not in known)[:100]
+        return {name: prune(value[name], known) for name in kept}
+    return value
+
+
+def validate(model: type[M], values: JsonObject) -> M:
+    """*values* as a *model*; raises a Failure that names every wrong field, the first 100."""
     try:
         return model.model_validate(values)
     except ValidationError as exc:
-        failure = Failure("invalid_request")
-        for error in exc.errors(include_url=False, include_input=False):
+        if exc.error_count() > 11_000:
+            # To list all that 1 MiB can hold wrong takes seconds, and 900 MiB.
+            known = model.model_fields.keys() | Turn.model_fields.keys()
+            return validate(model, cast(JsonObject, prune(values, known)))
+        errors: list[FieldError] = []
+        for error in exc.errors(include_url=False, include_input=False)[:100]:
             # The one pattern there is means this, and its own message would quote it.
             blank = error["type"] == "string_pattern_mismatch"
             detail = "Input should not be blank" if blank else error["msg"]
-            failure.errors.append({"field": ".".join(map(str, error["loc"])), "detail": detail})
-        raise failure from exc
+            errors.append({"field": ".".join(map(str, error["loc"])), "detail": detail})
+        raise Failure("invalid_request", errors=errors) from exc
 
 
-def number(text: str) -> float:
-    """A number with a point or an exponent; to JSON Schema 1.0 is an integer (section 6.1.1)."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
+async def discard_body(receive: Receive) -> None:
+    """Read what a client is sending, for a moment: many see an answer only when they are done."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            more = True
+            while more:
+                async with asyncio.timeout(0.1):
+                    more = (await receive()).get("more_body", False)
 
 
-async def read_json(request: Request[Any], limit: int) -> dict[str, object]:
-    """The JSON object of at most *limit* bytes in the body; raises 400, 413 or 415."""
+async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
+    """The JSON object in the body; raises 400, 408, 413 or 415."""
     media_type = request.headers.get("content-type", "").partition(";")[0]
     if media_type.strip().lower() != JSON:
         raise Failure("unsupported_media_type")
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise Failure("body_too_large")
+    too_large = int(request.headers.get("content-length", 0)) > settings.max_body_bytes
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise Failure("body_too_large")
     try:
-        value = json.loads(body.decode(), parse_float=number)
-        # json.loads takes more than JSON has: NaN, Infinity, half surrogate pairs.
-        to_json(value).encode()
-    except (ValueError, RecursionError) as exc:
+        async with asyncio.timeout(settings.client_timeout):
+            more = not too_large
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                too_large = len(body) > settings.max_body_bytes
+                more = message.get("more_body", False) and not too_large
+    except TimeoutError as exc:
+        raise Failure("request_timeout", headers={"Connection": "close"}) from exc
+    if too_large:
+        if "expect" not in request.headers:  # a client that asked first has sent nothing yet
+            await discard_body(request.receive)
+        raise Failure("body_too_large")
+    try:
+        value = from_json(bytes(body), allow_inf_nan=False)
+    except ValueError as exc:
         raise Failure("invalid_json", f"The body is not JSON in UTF-8: {exc}") from exc
     if not isinstance(value, dict):
         raise Failure("invalid_json")
     return value
 
 
-def retry_delay(value: str) -> int | None:
-    """Whole seconds of a Retry-After header: seconds, or a date (RFC 9110, section 10.2.3)."""
-    with suppress(ValueError, OverflowError):  # NaN is the one, infinity the other
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: *user* is the `sub` of a JSON Web Token, *key* what RATE_LIMIT counts by."""
+
+    key: str
+    user: str | None = None
+
+
+def bearer_token(request: Request[Any]) -> str:
+    """The token of the Authorization header, empty where there is none."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def equal(given: str, secret: str) -> bool:
+    """Whether both are the same, in a time that does not tell how much of them is."""
+    return secrets.compare_digest(given.encode(), secret.encode())
+
+
+def verify_jwt(token: str, secret: str, audience: str, now: float) -> str:
+    """The `sub` of a valid token (RFC 7519), at *now* in Unix seconds; else ValueError says why.
+
+    Only HS256 (RFC 7515), whatever the header may ask for; 30 s of leeway for the clocks.
+    """
+    if len(token) > 8192 or not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.ASCII):
+        raise ValueError("not three parts of base64url, 8,192 characters at most")
+    signed, _, signature = token.rpartition(".")
+    header, claims = (
+        from_json(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)), allow_inf_nan=False)
+        for part in signed.split(".")
+    )
+    if not isinstance(header, dict) or header.get("alg") != "HS256" or "crit" in header:
+        raise ValueError("its header does not ask for plain HS256")
+    digest = hmac.digest(secret.encode(), signed.encode(), "sha256")
+    # Compared as text: the last character has bits to spare, and only one form is right.
+    if not equal(signature, base64.urlsafe_b64encode(digest).decode().rstrip("=")):
+        raise ValueError("its signature is wrong")
+    if not isinstance(claims, dict):
+        raise ValueError("its claims are no object")
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    expires: Any = claims.get("exp")
+    begins: Any = claims.get("nbf", now)
+    if not is_number(expires) or not now < expires + 30 < math.inf:
+        raise ValueError("it has expired, or has no exp")
+    if not is_number(begins) or not begins - 30 <= now:
+        raise ValueError("its nbf is ahead")
+    accepted = claims.get("aud")
+    if audience and audience not in (accepted if isinstance(accepted, list) else [accepted]):
+        raise ValueError("its aud is not JWT_AUDIENCE")
+    subject = claims.get("sub")
+    if not isinstance(subject, str) or not 1 <= len(subject) <= 256:
+        raise ValueError("its sub is not a string of 1 to 256 characters")
+    return subject
+
+
+@lru_cache
+def address_key(host: str) -> str:
+    """What RATE_LIMIT counts by for a client's address; of IPv6 a subscriber has a whole /64."""
+    ip = parse_ip(host)
+    return str(ip_network((ip, 64), strict=False) if isinstance(ip, IPv6Address) else ip or host)
+
+
+def identify(request: Request["AppState"]) -> Caller:
+    """The caller of an ask; raises 401 where a token is wanted and there is no valid one."""
+    settings, token = request.state["settings"], bearer_token(request)
+    anyone = Caller(address_key(request.client.host[:64] if request.client else ""))
+    if not settings.api_token and not settings.jwt_secret:
+        return anyone
+    if settings.api_token and equal(token, settings.api_token):
+        return anyone
+    if settings.jwt_secret:
+        try:
+            user = verify_jwt(token, settings.jwt_secret, settings.jwt_audience, time.time())
+            return Caller(f"user {user}", user)
+        except ValueError as exc:
+            if token:  # where there is none, there is nothing to find out, and much of it
+                log.info("token refused", reason=str(exc))
+    raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
+
+
+def require_operator(request: Request["AppState"]) -> None:
+    """Raises 401 unless the request may read the log: pages must not, with the token they carry."""
+    settings = request.state["settings"]
+    wanted = settings.admin_token or settings.api_token
+    open_to_all = not wanted and not settings.jwt_secret
+    if not open_to_all and not (wanted and equal(bearer_token(request), wanted)):
+        raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
+
+
+class RateLimiter:
+    """RATE_LIMIT: a minute's worth of asks at once, and then evenly (GCRA, ITU-T I.371).
+
+    One number is kept for each of the 10,000 latest callers: the time at which it has its whole
+    minute's worth again.
+    """
+
+    def __init__(self, per_minute: int) -> None:
+        self.interval = 60 / per_minute if per_minute else 0.0
+        self.whole_at: OrderedDict[str, float] = OrderedDict()
+
+    def wait(self, caller: str, now: float) -> int:
+        """Seconds, rounded up, until the next ask may come; 0 where it may now."""
+        used = self.whole_at.get(caller, now) - now
+        return max(0, math.ceil(round(used + self.interval - 60, 6)))
+
+    def take(self, caller: str, now: float) -> None:
+        if self.interval:
+            self.whole_at[caller] = max(self.whole_at.pop(caller, now), now) + self.interval
+            if len(self.whole_at) > 10_000:
+                self.whole_at.popitem(last=False)
+
+
+class DailyBudget:
+    """DAILY_TOKENS of all callers together, by the day in UTC; times are Unix seconds."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.day, self.used = 0, 0
+
+    def wait(self, now: float) -> int:
+        """Seconds until midnight where the budget is exhausted, else 0."""
+        spent = self.limit and self.day == now // 86400 and self.used >= self.limit
+        return math.ceil(86400 - now % 86400) if spent else 0
+
+    def spend(self, tokens: int, now: float) -> None:
+        day = int(now // 86400)
+        if day != self.day:
+            self.day, self.used = day, 0
+        before, self.used = self.used, self.used + tokens
+        if before < self.limit <= self.used:
+            log.warning("budget exhausted", daily_tokens=self.limit, used=self.used)
+
+
+@dataclass
+class AskCounters:
+    """The asks accepted since the start."""
+
+    active: int = 0
+    total: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+class Admission:
+    """What an ask must pass last: a caller's rate, the budget of all, and a free place."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.places = settings.max_concurrent_asks
+        self.limiter = RateLimiter(settings.rate_limit)
+        self.budget = DailyBudget(settings.daily_tokens)
+        self.asks = AskCounters()
+
+    def admit(self, caller: Caller) -> None:
+        """Takes a place and one of the caller's asks, or raises a Failure and takes neither."""
+        now = time.monotonic()
+        if wait := self.limiter.wait(caller.key, now):
+            raise Failure("too_many_asks", retry_after=wait)
+        if wait := self.budget.wait(time.time()):
+            raise Failure("budget_exhausted", retry_after=wait)
+        if self.asks.active >= self.places:
+            raise Failure("overloaded", retry_after=1)
+        self.limiter.take(caller.key, now)
+        self.asks.active += 1
+        self.asks.total += 1
+
+    def leave(self, outcome: "Outcome", tokens: int) -> None:
+        self.asks.active -= 1
+        self.asks.failed += outcome == "failed"
+        self.asks.cancelled += outcome == "cancelled"
+        self.budget.spend(tokens, time.time())
+
+
+Outcome = Literal["finished", "cancelled", "failed"]
+
+
+class Histogram:
+    """How many values were at most as large as each of *bounds*, as Prometheus counts them."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        for bound, count in zip(
+            (*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True
+        ):
+            edge = "+Inf" if bound == math.inf else f"{bound:.15g}"
+            yield f'{name}_bucket{{{labels},le="{edge}"}} {count}'
+        yield f"{name}_sum{{{labels}}} {self.sum:.15g}"
+        yield f"{name}_count{{{labels}}} {sum(self.counts)}"
+
+
+class Metrics:
+    """What GET /metrics shows, under the names of OpenTelemetry's generative AI conventions."""
+
+    SECONDS = tuple(0.01 * 2**power for power in range(15))
+    TOKENS = tuple(float(4**power) for power in range(14))
+    COMMON = 'gen_ai_operation_name="chat",gen_ai_provider_name="openai"'
+    HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+        "gen_ai_client_operation_duration_seconds": ("Duration of an ask.", SECONDS),
+        "gen_ai_client_operation_time_to_first_chunk_seconds": (
+            "Time to the first piece of a streamed answer.",
+            SECONDS,
+        ),
+        "gen_ai_client_token_usage": ("Tokens of an ask.", TOKENS),
+    }
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self.histograms: dict[str, dict[tuple[str, str, str], Histogram]]
+        self.histograms = {name: {} for name in self.HISTOGRAMS}
+        self.refused: dict[Code, int] = {}
+        self.tokens_used = 0
+
+    def observe(
+        self, name: str, value: float, model: str, label: str = "", given: str = ""
+    ) -> None:
+        """Count *value* for *model*, and under *label* as it is *given*."""
+        key = (model, label, given)
+        if key not in self.histograms[name]:
+            self.histograms[name][key] = Histogram(self.HISTOGRAMS[name][1])
+        self.histograms[name][key].observe(value)
+
+    def count_refused(self, code: Code) -> None:
+        self.refused[code] = self.refused.get(code, 0) + 1
+
+    def exposition(self, asks: AskCounters) -> Iterator[str]:
+        """The lines of Prometheus' text format 0.0.4."""
+        for name, (meaning, _) in self.HISTOGRAMS.items():
+            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} histogram")
+            for (model, label, given), histogram in self.histograms[name].items():
+                labels = f"{self.COMMON},gen_ai_request_model={json.dumps(model)}"
+                labels += f',{label}="{given}"' if label else ""
+                yield from histogram.lines(name, labels)
+        finished = asks.total - asks.active - asks.failed - asks.cancelled
+        outcomes = {"finished": finished, "cancelled": asks.cancelled, "failed": asks.failed}
+        yield from ("# HELP openai_backend_asks_total Asks that ended.",)
+        yield from ("# TYPE openai_backend_asks_total counter",)
+        for outcome, count in outcomes.items():
+            yield f'openai_backend_asks_total{{outcome="{outcome}"}} {count}'
+        yield "# HELP openai_backend_asks_active Asks under way."
+        yield "# TYPE openai_backend_asks_active gauge"
+        yield f"openai_backend_asks_active {asks.active}"
+        yield "# HELP openai_backend_refused_total Asks that were not accepted."
+        yield "# TYPE openai_backend_refused_total counter"
+        for code, count in self.refused.items():
+            yield f'openai_backend_refused_total{{code="{code}"}} {count}'
+        yield "# HELP process_start_time_seconds Start of the process, in Unix seconds."
+        yield "# TYPE process_start_time_seconds gauge"
+        yield f"process_start_time_seconds {self.started:.3f}"
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """An ask, in whatever format it came, as it goes to the model."""
+
+    caller: Caller
+    model: str
+    messages: list[JsonObject]
+    stream: bool
+    # Under the name that the host and the model take; None is no bound.
+    token_limit: JsonValue
+    # All other fields, `temperature` among them.
+    parameters: JsonObject
+    prompt_chars: int
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return list(texts_of(self.messages))
+
+
+def texts_of(messages: Iterable[JsonObject]) -> Iterator[str]:
+    """All text in chat *messages*, that of their parts included."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [{"text": content}]:
+            text = part.get("text") if isinstance(part, dict) else None
+            if isinstance(text, str):
+                yield text
+
+
+# A chunk of the upstream, as it was parsed; only Completion trusts what is in it.
+Chunk = dict[str, Any]
+# A piece of the answer: what it is, and its text.
+Piece = tuple[Literal["reasoning", "delta"], str]
+# An event of the upstream: its bytes, end included, and the data in it.
+Event = tuple[bytes, bytes]
+
+
+class SSEDecoder:
+    """Whole Server-Sent Events out of bytes that are split anywhere (WHATWG HTML, section 9.2)."""
+
+    # A CR that ends a read may be half of a CRLF, so it waits for what comes next.
+    LINE_END = rb"(?:\n|\r\n|\r(?=[^\n]))"
+    EVENT_END = re.compile(LINE_END + LINE_END)
+    # In whole events there is nothing to wait for.
+    EVENT_ENDED = re.compile(rb"(?:\n|\r\n|\r(?!\n)){2}")
+
+    def __init__(self) -> None:
+        self.rest = bytearray()
+        self.has_cr = False
+
+    def feed(self, read: bytes) -> bytes:
+        """The events that *read* completes; raises a Failure for one that is too large."""
+        searched = max(0, len(self.rest) - 3)
+        self.rest += read
+        self.has_cr = self.has_cr or b"\r" in read
+        end = 0
+        if self.has_cr:
+            for found in self.EVENT_END.finditer(self.rest, searched):
+                end = found.end()
+        else:
+            end = self.rest.rfind(b"\n\n", searched) + 2
+        if end < 2:
+            if len(self.rest) > MAX_UPSTREAM_BYTES:
+                raise Failure("upstream_error")
+            return b""
+        block = bytes(memoryview(self.rest)[:end])
+        del self.rest[:end]
+        return block
+
+    def close(self) -> bytes:
+        """An event that was left open at the end counts too."""
+        return self.feed(b"\n\n")
+
+    def events(self, block: bytes) -> Iterator[Event]:
+        """Each event in *block*, and its `data:` lines, joined."""
+        start = 0
+        if not self.has_cr:
+            for event in block[:-2].split(b"\n\n"):
+                yield event + b"\n\n", self.data(event)
+            return
+        for end in self.EVENT_ENDED.finditer(block):
+            yield block[start : end.end()], self.data(block[start : end.start()])
+            start = end.end()
+
+    def data(self, event: bytes) -> bytes:
+        if event.startswith(b"data: ") and not self.has_cr and b"\n" not in event:
+            return event[6:].strip()
+        lines = re.split(rb"\r\n|\n|\r", event.removeprefix(b"\xef\xbb\xbf"))
+        return b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
+
+
+class BodyDecoder:
+    """A plain answer as one event; its proper end is the end mark."""
+
+    def __init__(self) -> None:
+        self.body = bytearray()
+
+    def feed(self, read: bytes) -> bytes:
+        self.body += read
+        if len(self.body) > MAX_UPSTREAM_BYTES:
+            raise Failure("upstream_error")
+        return b""
+
+    def close(self) -> bytes:
+        return bytes(self.body)
+
+    def events(self, block: bytes) -> Iterator[Event]:
+        yield block, block + b" "  # never the end mark itself, nor nothing: it has to be JSON
+        yield b"", b"[DONE]"
+
+
+def parse_chunk(data: bytes) -> Chunk:
+    """The JSON object in *data*; raises a Failure for all else, the upstream's error included."""
+    try:
+        chunk = from_json(data)
+    except ValueError:
+        try:
+            # Slower, but it bears half surrogate pairs, and bytes that are no UTF-8 are replaced.
+            chunk = json.loads(data.decode("utf-8-sig", "replace"))
+        except (ValueError, RecursionError) as exc:
+            raise Failure("upstream_error") from exc
+    if not isinstance(chunk, dict) or chunk.get("error"):
+        raise Failure("upstream_error")
+    return chunk
+
+
+Count = Annotated[int, Field(ge=0, le=10**12)]
+
+
+class Usage(TypedDict, total=False):
+    """The tokens that the upstream counted, each where it told it."""
+
+    prompt_tokens: Count
+    completion_tokens: Count
+    reasoning_tokens: Count
+
+
+def as_count(value: object) -> int | None:
+    """*value* where it is a figure that can be one: from 0 to 10^12."""
+    return value if type(value) is int and 0 <= value <= 10**12 else None
+
+
+# What a chunk says where its one choice goes on with text, from the choice to the end of its event.
+TEXT_CHUNK = re.compile(
+    rb'"choices": ?\[\{(?:"[a-z_]+": ?(?:null|0), ?)*+'
+    rb'"delta": ?\{(?:"role": ?"assistant", ?)?'
+    rb'"content": ?"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"(?:, ?"[a-z_]+": ?null)*+\}'
+    rb'(?:, ?"[a-z_]+": ?(?:null|0))*+\}\]'
+    rb'(?:, ?(?!"error")"[a-z_]+": ?(?:null|\d++|"[^"\\\x00-\x1f]*+"))*+\}\n\n'
+)
+
+
+class Completion:
+    """What the upstream has said so far: a fold of its chunks, or of its one plain answer."""
+
+    def __init__(self, model: str, part: Literal["delta", "message"]) -> None:
+        self.model = model
+        self.part = part
+        self.finish_reason: str | None = None
+        self.tokens_used: int | None = None
+        self.usage: Usage = {}
+        self.answer_chars = 0
+        self.reasoning_chars = 0
+        # [DONE] was read.
+        self.done = False
+        # The choices begun, by index, and whether each has its finish_reason.
+        self.choices: dict[int, bool] = {}
+        # A plain answer must have one; a stream may be without a piece.
+        self.has_message = part == "delta"
+        # How the event of a chunk begins, up to its choices.
+        self.opening = b""
+        # The model refuses `temperature`, so it was left out.
+        self.ignored = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer may end here; Ollama ends with [DONE] alone."""
+        return self.done or (bool(self.choices) and all(self.choices.values()))
+
+    def skim(self, block: bytes) -> list[Piece] | None:
+        """The pieces of *block* if its chunks bring nothing but text; else None.
+
+        Nearly all chunks are such, and to match one costs a quarter of what a parse does.
+        """
+        if self.choices != {0: False} or self.part != "delta":
+            return None
+        literals = TEXT_CHUNK.findall(block)
+        if not len(literals) == block.count(b"\n\n") == block.count(self.opening):
+            return None
+        if not literals or b"" in literals:
+            return None
+        with suppress(ValueError):
+            texts = from_json(b'["' + b'","'.join(literals) + b'"]')
+            self.answer_chars += sum(map(len, texts))
+            return [("delta", text) for text in texts]
+        return None
+
+    def learn_opening(self, event: bytes) -> None:
+        """Take note of how a chunk that was parsed begins; skim reads no others."""
+        if (found := event.find(b'"choices":')) >= 0:
+            self.opening = event[: found + 10]
+
+    def add(self, chunk: Chunk) -> list[Piece]:
+        """The pieces that *chunk* adds; raises a Failure where it is not as the API promises."""
+        pieces: list[Piece] = []
+        try:
+            if usage := chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage"):
+                self.count(usage)
+            if isinstance(model := chunk.get("model"), str) and model:
+                self.model = model
+            for choice in chunk.get("choices") or ():
+                index, reason = choice.get("index", 0), choice.get("finish_reason")
+                if isinstance(reason, str) and reason:
+                    self.finish_reason = reason
+                    self.choices[index] = True
+                elif index not in self.choices:
+                    self.choices[index] = False
+                if part := choice.get(self.part):
+                    self.has_message = True
+                    given = (part.get("reasoning_content"), part.get("reasoning"))
+                    if reasoning := next((each for each in given if isinstance(each, str)), ""):
+                        self.reasoning_chars += len(reasoning)
+                        pieces.append(("reasoning", reasoning))
+                    if text := part.get("content") or part.get("refusal"):
+                        self.answer_chars += len(text)
+                        pieces.append(("delta", text + ""))
+        except (TypeError, AttributeError) as exc:
+            raise Failure("upstream_error") from exc
+        return pieces
+
+    def count(self, usage: Mapping[str, Any]) -> None:
+        """Take over the figures in *usage* that can be figures."""
+        if (total := as_count(usage.get("total_tokens"))) is not None:
+            self.tokens_used = total
+        details = usage.get("completion_tokens_details")
+        told = {
+            "prompt_tokens": usage.get("prompt_tokens"),
+            "completion_tokens": usage.get("completion_tokens"),
+            "reasoning_tokens": isinstance(details, dict) and details.get("reasoning_tokens"),
+        }
+        known = {name: value for name, value in told.items() if as_count(value) is not None}
+        self.usage = cast(Usage, {**self.usage, **known})
+
+
+class Refusal(Exception):
+    """An answer of the upstream that is no 200: its status and what its error says."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+        self.retry_after = parse_retry_after(headers.get("retry-after", ""))
+        error = parse_error(body)
+        self.code, self.param = error.get("code"), error.get("param")
+        message = error.get("message")
+        # Some wrap a proxy's page of HTML in JSON.
+        html = not isinstance(message, str) or message.lstrip().startswith("<")
+        self.message = "" if html else str(message)
+
+
+def parse_error(body: bytes) -> dict[str, Any]:
+    """The error object in the *body* of a refusal, in whose shape servers differ."""
+    try:
+        error: Any = from_json(body)
+    except ValueError:
+        return {}
+    if isinstance(error, list) and error:
+        error = error[0]
+    while isinstance(error, dict):
+        inner = error.get("error") or error.get("message") or error.get("detail")
+        if not isinstance(inner, dict):
+            return {**error, "message": inner}
+        error = inner
+    return {"message": error}
+
+
+def parse_retry_after(value: str) -> int | None:
+    """Whole seconds of a Retry-After header, or to its date (RFC 9110, 10.2.3); a day at most."""
+    with suppress(ValueError, OverflowError):
         try:
             delay = float(value)
         except ValueError:
-            delay = parsedate_to_datetime(value).timestamp() - time.time()
-        return max(0, math.ceil(delay))
+            delay = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        return math.ceil(min(max(0, delay), 86400)) if math.isfinite(delay) else None
     return None
 
 
-def upstream_message(error: openai.APIStatusError) -> str:
-    """The text of the upstream's error, in whose shape servers differ; no JSON is no message."""
-    try:
-        body = error.response.json()
-    except (ValueError, RecursionError):
-        return ""
-    body = body[0] if isinstance(body, list) and body else body
-    while isinstance(body, dict):
-        body = body.get("error") or body.get("message") or body.get("detail")
-    # Some wrap a proxy's page of HTML in JSON.
-    return body if isinstance(body, str) and not body.lstrip().startswith("<") else ""
-
-
-def refused(error: openai.APIStatusError, secret: re.Pattern[str]) -> Failure:
+def from_refusal(refusal: Refusal, secret: re.Pattern[str]) -> Failure:
     """The upstream's status as ours; its message only where it is about the client's request."""
-    message = secret.sub("***", upstream_message(error))[:2000]
-    match error.status_code:
+    message = secret.sub("***", refusal.message)[:2000]
+    match refusal.status:
         case 400 | 404 | 413 | 422:
             return Failure("upstream_rejected", message)
         case 401 | 403:
             return Failure("upstream_auth")
         case 429:
-            delay = retry_delay(error.response.headers.get("retry-after", ""))
-            return Failure("rate_limited", message, retry_after=delay)
+            return Failure("rate_limited", message, retry_after=refusal.retry_after)
+        case 503 | 529:
+            return Failure("upstream_error", retry_after=refusal.retry_after)
         case _:
             return Failure("upstream_error")
 
@@ -569,134 +1639,293 @@ def root_cause(error: BaseException) -> BaseException:
     return root_cause(error.__cause__) if error.__cause__ else error
 
 
-def broken(error: Exception) -> Failure:
+def from_connection_error(error: Exception) -> Failure:
     """The failure of a request without an answer: there was no connection, or it was closed."""
     root = root_cause(error)
     closed = not isinstance(root, OSError) or root.errno in {errno.ECONNRESET, errno.EPIPE}
     return Failure("upstream_error" if closed else "upstream_unreachable")
 
 
-def cause(failure: Failure) -> str | None:
+def log_cause(failure: Failure) -> str | None:
     """What stands behind *failure*, for the log: a status or a class; texts may quote a prompt."""
     root = root_cause(failure)
-    if isinstance(root, openai.APIStatusError):
-        return f"HTTP {root.status_code}"
+    if isinstance(root, Refusal):
+        return str(root)
     return None if root is failure else type(root).__name__
 
 
-def patience(failure: Failure, tries: int) -> float | None:
+def backoff(failure: Failure, tries: int) -> float | None:
     """Seconds to wait before another try, after so many *tries*; None where none would help."""
-    error = failure.__cause__
-    if isinstance(error, openai.APIStatusError):
-        if error.status_code < 500 and error.status_code not in {408, 409, 429}:
+    refusal = failure.__cause__
+    if isinstance(refusal, Refusal):
+        if refusal.status < 500 and refusal.status not in {408, 409, 429}:
             return None
-        if failure.retry_after is not None:
-            return failure.retry_after if failure.retry_after <= 2 else None
+        if refusal.retry_after is not None:
+            return refusal.retry_after if refusal.retry_after <= 2 else None
     return random.uniform(0.75, 1) * min(8.0, math.ldexp(0.25, tries))
 
 
-TOKEN_FIELDS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-FIELD = r"(max_tokens|max_completion_tokens|temperature)\b"
+OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+PARAMETER = r"(max_tokens|max_completion_tokens|temperature)\b"
 UNSUPPORTED = re.compile(
     r"(?:unsupported|unknown|unrecognized)\s(?:request\s)?(?:parameter|param|argument|field|value)"
-    rf"(?:s|\(s\))?(?:\ssupplied)?\W+{FIELD}"
-    rf"|\b{FIELD}\W?\s(?:parameter\s)?"
+    rf"(?:s|\(s\))?(?:\ssupplied)?\W+{PARAMETER}"
+    rf"|\b{PARAMETER}\W?\s(?:parameter\s)?"
     r"(?:is\s(?:(?:not\s|un)supported|deprecated)|does\snot\ssupport)"
-    rf"|(?:\snot|n't)\ssupport\s(?:the\s)?(?:parameters?)?\W*{FIELD}"
+    rf"|(?:\snot|n't)\ssupport\s(?:the\s)?(?:parameters?)?\W*{PARAMETER}"
     r"(?!\W?\s(?:values?|above|over|below)\b)",
     re.IGNORECASE,
 )
 
 
-def unsupported_field(error: BaseException | None) -> str | None:
-    """The field that a 400 calls unsupported, in its code or (proxies change codes) its message.
+def unsupported_parameter(refusal: Refusal, texts: Iterable[str]) -> str | None:
+    """The parameter that a 400 calls unsupported, by its code or its message: proxies change codes.
 
     Others have these words too: "'max_tokens' and 'max_completion_tokens' at the same time is not
-    supported"; "this model supports at most 4096".
+    supported"; "this model supports at most 4096". Words that stand in the *texts* of the ask may
+    be a quotation.
     """
-    if not isinstance(error, openai.BadRequestError):
+    if refusal.status != 400:
         return None
     codes = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
-    if error.code in codes and isinstance(error.param, str):
-        return error.param if re.fullmatch(FIELD, error.param) else None
-    found = UNSUPPORTED.search(upstream_message(error))
-    return next(filter(None, found.groups())) if found else None
+    if refusal.code in codes and isinstance(refusal.param, str):
+        return refusal.param if re.fullmatch(PARAMETER, refusal.param) else None
+    found = list(UNSUPPORTED.finditer(refusal.message[:10_000]))
+    words = " ".join(re.findall(r"\w+", " ".join(texts).lower())) if found else ""
+    for match in found:
+        if " ".join(re.findall(r"\w+", match[0].lower())) not in words:
+            return str(next(filter(None, match.groups())))
+    return None
 
 
-# What AsyncOpenAI would tell of itself and this machine, in headers that no upstream needs.
-TELEMETRY = "Lang Package-Version OS Arch Runtime Runtime-Version Async Retry-Count"
+class StallTimeout:
+    """An asyncio.timeout for waiting: it expires where one wait takes longer than *limit* seconds.
+
+    Whoever waits sets `waiting_since` before and None after. To re-arm asyncio.timeout for each
+    read and write would cost 5 % of a chunk, so a timer looks only when the limit may be over.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.waiting_since: float | None = None
+        self.clock = asyncio.get_running_loop().time
+        self.timeout = asyncio.timeout(None)
+
+    async def __aenter__(self) -> "StallTimeout":
+        await self.timeout.__aenter__()
+        self._look()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.timer.cancel()
+        await self.timeout.__aexit__(exc_type, exc, traceback)
+
+    def _look(self) -> None:
+        now = self.clock()
+        due = (now if self.waiting_since is None else self.waiting_since) + self.limit
+        if due <= now:
+            self.timeout.reschedule(now)
+        else:
+            self.timer = asyncio.get_running_loop().call_at(due, self._look)
+
+
+class Client(AsyncOpenAI):
+    """AsyncOpenAI without the headers that tell of this machine: a fiftieth of a short ask."""
+
+    @cached_property
+    def default_headers(self) -> dict[str, str | Omit]:
+        headers = super().default_headers.items()
+        useful = {name: value for name, value in headers if not name.startswith("X-Stainless")}
+        return {**useful, "Accept-Encoding": "identity"}
+
+
 OPTIONS: RequestOptions = {
-    # Silence and further tries are the business of Answer, which knows its client.
+    # Silence and further tries are the business of Upstream, which knows whether the client waits.
     "timeout": None,
     "max_retries": 0,
+    "headers": {"X-Stainless-Retry-Count": omit},
     # Never sent; AsyncOpenAI would make one for each ask.
     "idempotency_key": "",
-    # Answer reads the bytes as they come over the wire.
-    "headers": {"Accept-Encoding": "identity"}
-    | dict.fromkeys((f"X-Stainless-{name}" for name in TELEMETRY.split()), omit),
 }
 
 
-class Upstream:
-    """The model behind *client*, and what this process has learned about it."""
+async def raise_refusal(response: httpx2.Response) -> None:
+    """A hook of the HTTP client: AsyncOpenAI would read an error of any size."""
+    if response.status_code == 200:
+        return
+    body = bytearray()
+    with suppress(httpx2.DecodingError):
+        async for read in response.aiter_bytes():
+            body += read
+            if len(body) > MAX_UPSTREAM_BYTES:
+                raise Failure("upstream_error")
+    raise Refusal(response.status_code, response.headers, bytes(body))
 
-    def __init__(self, client: AsyncOpenAI, model: str, secret: re.Pattern[str]) -> None:
+
+class Upstream:
+    """The model's API behind *client*, and what this process has learned about it."""
+
+    def __init__(self, client: AsyncOpenAI, settings: Settings) -> None:
         self.client = client
-        self.model = model
-        self.secret = secret
-        # Absolute, because to merge a path with the base URL takes a tenth of a short ask.
-        self.completions = f"{client.base_url}chat/completions"
+        self.settings = settings
+        # The URL as it was set: AsyncOpenAI's own is another host where that has no path.
+        self.completions_url = f"{settings.openai_base_url}/chat/completions"
+        self.models_url = f"{settings.openai_base_url}/models"
+        host = urlsplit(settings.openai_base_url).hostname or ""
+        self.is_openai = bool(re.search(r"(^|\.)openai\.com$", host))
         # Everywhere else the older name is the safer one: Ollama silently ignores the newer.
-        renamed = re.search(r"(^|\.)(openai|azure)\.com$", client.base_url.host)
-        self.token_field = "max_completion_tokens" if renamed else "max_tokens"
-        self.takes_temperature = True
-        self.tokens_used = 0
+        azure = re.search(r"(^|\.)azure\.com$", host)
+        self.token_name = "max_completion_tokens" if self.is_openai or azure else "max_tokens"
+        self.token_names: dict[str, str] = {}
+        self.without_temperature: set[str] = set()
         self.probing = asyncio.Lock()
         self.probed = -math.inf
         self.reachable = False
 
-    def body(self, ask: Ask) -> dict[str, object]:
-        """The chat completion request for *ask*, in the fields that the model takes."""
-        turns = [turn.model_dump() for turn in ask.history]
-        turns.append({"role": "user", "content": ask.prompt})
-        body = {"model": self.model, "messages": turns, "stream": ask.stream}
-        if ask.stream:
-            body["stream_options"] = {"include_usage": True}
-        if "max_tokens" in ask.model_fields_set:
-            body[self.token_field] = ask.max_tokens
-        if "temperature" in ask.model_fields_set and self.takes_temperature:
-            body["temperature"] = ask.temperature
-        return body
+    def body(self, request: ChatRequest) -> JsonObject:
+        """The chat completion request, in the fields that the model takes."""
+        settings = self.settings
+        system: JsonObject = {"role": "system", "content": settings.system_prompt}
+        messages = [system, *request.messages] if settings.system_prompt else request.messages
+        body: JsonObject = {"model": request.model, "messages": cast(JsonValue, messages)}
+        body |= {"stream": request.stream, **request.parameters}
+        if request.stream:
+            asked = body.get("stream_options")
+            own: JsonObject = {"include_usage": True}
+            body["stream_options"] = {**asked, **own} if isinstance(asked, dict) else own
+        if request.token_limit is not None:
+            body[self.token_names.get(request.model, self.token_name)] = request.token_limit
+        if request.model in self.without_temperature:
+            body.pop("temperature", None)
+        if self.is_openai and request.caller.user is not None:
+            hashed = hashlib.sha256(request.caller.user.encode()).hexdigest()
+            body["safety_identifier"] = hashed
+        extra = settings.openai_extra_body or {}
+        if not extra.keys().isdisjoint(OTHER_NAME):
+            body = {name: value for name, value in body.items() if name not in OTHER_NAME}
+        return body | extra
 
-    def learn(self, refused: str) -> None:
-        """Leave the field *refused* out of the requests to come, or send it by its other name."""
-        if refused == "temperature":
-            self.takes_temperature = False
+    def remember_unsupported(self, model: str, parameter: str) -> None:
+        """Leave *parameter* out of the requests to come, or send it by its other name."""
+        if parameter == "temperature":
+            self.without_temperature.add(model)
         else:
-            self.token_field = TOKEN_FIELDS[refused]
-        instead = TOKEN_FIELDS.get(refused)
-        log.warning("model refuses a field", model=self.model, field=refused, instead=instead)
+            self.token_names[model] = OTHER_NAME[parameter]
+        instead = OTHER_NAME.get(parameter)
+        log.warning("model refuses a field", model=model, field=parameter, instead=instead)
 
-    async def complete(self, body: dict[str, object]) -> AsyncStream[object]:
-        """POST /chat/completions, up to the headers of a 200; all else is a Failure."""
-        return await self._answered(
-            self.client.post(
-                self.completions,
-                content=utf8(to_json(body)),
-                options=OPTIONS,
-                cast_to=object,
-                stream=True,
-                stream_cls=AsyncStream[object],
-            )
-        )
+    @asynccontextmanager
+    async def stream(
+        self, request: ChatRequest, may_retry: Callable[[], bool]
+    ) -> AsyncIterator[tuple[JsonObject, AsyncIterator[bytes]]]:
+        """The body sent and the reads of the model's answer, closed at the end of the block.
 
-    async def _answered(self, call: Awaitable[AsyncStream[object]]) -> AsyncStream[object]:
+        All that fails is a Failure; *may_retry* says whether the client is still untouched.
+        """
+        stall = StallTimeout(self.settings.openai_timeout)
+        ended = False
         try:
-            return await call
-        except openai.APIStatusError as exc:
-            raise refused(exc, self.secret) from exc
+            async with stall:
+                body, response = await self._open(request, may_retry, stall)
+                try:
+                    reads = self._reads(response, stall)
+                    yield body, reads
+                    ended = True
+                    # Only a response read to its end leaves a connection that is used again.
+                    stall.timeout.reschedule(stall.clock() + 0.2)
+                    async for _ in reads:
+                        pass
+                finally:
+                    await response.aclose()
+        except (TimeoutError, Failure) as exc:
+            if ended:
+                return
+            if isinstance(exc, TimeoutError) and stall.timeout.expired():
+                raise Failure("upstream_timeout") from exc
+            raise
+
+    async def _open(
+        self, request: ChatRequest, may_retry: Callable[[], bool], stall: StallTimeout
+    ) -> tuple[JsonObject, httpx2.Response]:
+        """The upstream's 200, after as many tries as it takes and the settings allow."""
+        tries, adapted = 0, set[str]()
+        stall.waiting_since = silent_since = stall.clock()
+        while True:
+            body = self.body(request)
+            try:
+                return body, await self._request("POST", self.completions_url, body)
+            except Failure as failure:
+                name = None
+                if isinstance(failure.__cause__, Refusal):
+                    stall.waiting_since = silent_since = stall.clock()
+                    name = unsupported_parameter(failure.__cause__, request.texts)
+                extra = self.settings.openai_extra_body or {}
+                if name in body.keys() - extra.keys() and OTHER_NAME.get(name) not in adapted:
+                    self.remember_unsupported(request.model, name)
+                    adapted.add(name)
+                    delay: float | None = 0
+                else:
+                    delay = backoff(failure, tries)
+                    tries += 1
+                if delay is None or tries > self.settings.openai_max_retries or not may_retry():
+                    raise
+                if stall.clock() + delay >= silent_since + stall.limit:
+                    raise
+                await asyncio.sleep(delay)
+                if not may_retry():  # a heartbeat went out meanwhile
+                    raise
+
+    async def _request(
+        self, method: Literal["GET", "POST"], url: str, body: JsonObject | None = None
+    ) -> httpx2.Response:
+        """The head of a 200; all else is a Failure."""
+        try:
+            if method == "GET":
+                response: object = await self.client.get(
+                    url,
+                    options=OPTIONS,
+                    cast_to=httpx2.Response,
+                    stream=True,
+                    stream_cls=AsyncStream[object],
+                )
+            else:
+                response = await self.client.post(
+                    url,
+                    content=utf8_json(to_json(body)),
+                    options=OPTIONS,
+                    cast_to=httpx2.Response,
+                    stream=True,
+                    stream_cls=AsyncStream[object],
+                )
+        except Failure:
+            raise
+        except Refusal as refusal:
+            raise from_refusal(refusal, self.settings.secret) from refusal
         except Exception as exc:  # where the bytes are no HTTP, aiohttp's own come through
-            raise broken(exc) from exc
+            raise from_connection_error(exc) from exc
+        return cast(httpx2.Response, response)
+
+    async def _reads(self, response: httpx2.Response, stall: StallTimeout) -> AsyncIterator[bytes]:
+        """The bytes of an answer as they come; raises a Failure where it breaks off."""
+        # The stream itself, where nothing is to be decoded: aiter_bytes is three more layers.
+        encoded = "content-encoding" in response.headers
+        reads = response.aiter_bytes() if encoded else cast(AsyncIterator[bytes], response.stream)
+        stall.waiting_since = stall.clock()
+        try:
+            async for read in reads:
+                stall.waiting_since = None
+                yield read
+                stall.waiting_since = stall.clock()
+        except Failure:
+            raise
+        except Exception as exc:  # httpx2's and aiohttp's own, which AsyncOpenAI lets through
+            raise Failure("upstream_error") from exc
+        stall.waiting_since = None
 
     async def connected(self) -> bool:
         """Whether the upstream answers and accepts the key: asked at most every 30 s, for 5 s."""
@@ -707,498 +1936,817 @@ class Upstream:
         return self.reachable
 
     async def _probe(self) -> bool:
-        stream = AsyncStream[object]
-        call = self.client.get(
-            "/models", options=OPTIONS, cast_to=object, stream=True, stream_cls=stream
-        )
         try:
-            async with asyncio.timeout(5), aclosing((await self._answered(call)).response):
+            async with asyncio.timeout(5):
+                response = await self._request("GET", self.models_url)
+                await response.aclose()
                 return True
         except TimeoutError:
             return False
         except Failure as failure:
-            error = failure.__cause__
-            return isinstance(error, openai.APIStatusError) and error.status_code in {404, 405, 429}
+            refusal = failure.__cause__
+            return isinstance(refusal, Refusal) and refusal.status in {404, 405, 429}
 
 
-def frame(event: Mapping[str, object]) -> bytes:
+class Ending(TypedDict):
+    """What is known of an answer at its end."""
+
+    finish_reason: str | None
+    tokens_used: Count | None
+    model: str
+    usage: NotRequired[Usage]
+    ignored: NotRequired[list[Literal["temperature"]]]
+
+
+class Answer(Ending):
+    """The answer, with `stream: false`."""
+
+    response: str
+    reasoning: NotRequired[str]
+
+
+class PieceEvent(TypedDict):
+    """The next piece of the answer, or of the reasoning that the model does apart from it."""
+
+    type: Literal["delta", "reasoning"]
+    content: Annotated[str, Field(min_length=1)]
+
+
+class DoneEvent(Ending):
+    """A complete end; `[DONE]` follows."""
+
+    type: Literal["done"]
+
+
+def ending(completion: Completion) -> Ending:
+    end = Ending(
+        finish_reason=completion.finish_reason,
+        tokens_used=completion.tokens_used,
+        model=completion.model,
+    )
+    if completion.usage:
+        end["usage"] = completion.usage
+    if completion.ignored:
+        end["ignored"] = ["temperature"]
+    return end
+
+
+def sse_event(data: object) -> bytes:
     """One Server-Sent Event; JSON escapes line breaks, so one `data:` line always suffices."""
-    return utf8(f"data: {to_json(event)}\n\n")
+    return utf8_json(f"data: {to_json(data)}\n\n")
 
 
-def delta(text: str) -> bytes:
-    # A tenth of the cost of `frame`, and this runs for every token.
-    return utf8(f'data: {{"type":"delta","content":{to_json(text)}}}\n\n')
-
-
-class Decoder:
-    """The data of Server-Sent Events, from bytes that are split anywhere (WHATWG HTML, 9.2)."""
-
-    def __init__(self) -> None:
-        characters = codecs.getincrementaldecoder("utf-8-sig")("replace")
-        self.text = io.IncrementalNewlineDecoder(characters, translate=True)
-        # Joined only when complete: `tail + read` would take quadratic time for a large event.
-        self.line: list[str] = []
-        self.data: list[str] = []
-
-    def feed(self, read: bytes) -> Iterable[str]:
-        """The data of every event that *read* completes."""
-        *lines, rest = self.text.decode(read).split("\n")
-        for line in lines:
-            if self.line:
-                line = "".join((*self.line, line))
-                self.line.clear()
-            if line.startswith("data:"):
-                self.data.append(line[5:].strip())
-            elif not line and self.data:
-                yield "\n".join(self.data)
-                self.data.clear()
-        if rest:
-            self.line.append(rest)
-
-
-def said(part: Literal["delta", "message"], data: str, facts: dict[str, object]) -> str:
-    """The text in a chunk (`delta`) or a whole answer (`message`); *facts* takes the rest."""
-    try:
-        chunk = from_json(data)
-        if chunk.get("error") or (part == "message" and not chunk["choices"][0][part]):
-            raise ValueError("an error in the place of an answer")
-        usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage") or {}
-        if isinstance(tokens := usage.get("total_tokens"), int):
-            facts["tokens_used"] = tokens
-        if isinstance(model := chunk.get("model"), str) and model:
-            facts["model"] = model
-        text = ""
-        for choice in chunk.get("choices") or ():
-            if isinstance(reason := choice.get("finish_reason"), str) and reason:
-                facts["finish_reason"] = reason
-            content = choice.get(part) or {}
-            text += content.get("content") or content.get("refusal") or ""
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as exc:
-        raise Failure("upstream_error") from exc
-    return text
-
-
-@dataclass
-class Asks:
-    """The asks accepted since the start, counted."""
-
-    active: int = 0
-    total: int = 0
-    failed: int = 0
-    cancelled: int = 0
-
-
-class State(TypedDict):
-    """What an endpoint finds in `request.state`."""
-
-    settings: Settings
-    events: EventLog
-    upstream: Upstream
-    asks: Asks
-    started: float
-
-
-OUTCOMES = {
-    "ask finished": logging.INFO,
-    "ask cancelled": logging.WARNING,
-    "ask failed": logging.ERROR,
+END_MARK = b"data: [DONE]\n\n"
+STREAM_HEADERS = {
+    "Content-Type": f"{SSE}; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
 }
 
 
-class Answer(StreamingResponse):
-    """One ask; it owns its place, its upstream and its closing event, however it ends.
+class Encoder(Protocol):
+    """How an answer looks in one format: the seam for another.
 
-    A generator alone could not: with the client gone before its first frame, or parked at a `yield`
-    in a slow write, its own clean-up would wait for the garbage collector.
+    `chunk` gets an event of the upstream, as it came and as it was parsed, and the pieces in it.
     """
 
-    def __init__(self, ask: Ask, state: State) -> None:
-        self.parts = self.relay() if ask.stream else self.collect()
-        headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-        kind = {"headers": headers, "media_type": SSE} if ask.stream else {"media_type": JSON}
-        super().__init__(self.parts, **kind)
-        self.ask = ask
-        self.settings = state["settings"]
-        self.upstream = state["upstream"]
-        self.asks = state["asks"]
-        self.facts: dict[str, object] = {"finish_reason": None, "tokens_used": None}
-        self.facts["model"] = self.upstream.model
-        self.answer_chars = 0
-        self.clock = asyncio.get_running_loop().time
-        self.begun = self.heard = self.sent = self.clock()
-        self.first_token: float | None = None
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def heartbeat(self) -> bytes:
+        """What fills a long silence; empty where the format has nothing that readers skip."""
+
+    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes: ...
+
+    def end(self, completion: Completion) -> bytes: ...
+
+    def error(self, failure: Failure, request_id: str) -> bytes | None:
+        """The end of an answer that broke off; None where only a cut connection can say so."""
+
+
+class AskEvents:
+    """The events of a streamed /ask."""
+
+    headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
+
+    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+        # A tenth of the cost of sse_event, and this runs for every token.
+        return utf8_json(
+            "".join(
+                [
+                    f'data: {{"type":"{kind}","content":{to_json(text)}}}\n\n'
+                    for kind, text in pieces
+                ]
+            )
+        )
+
+    def end(self, completion: Completion) -> bytes:
+        return sse_event({"type": "done", **ending(completion)}) + END_MARK
+
+    def error(self, failure: Failure, request_id: str) -> bytes:
+        return sse_event(failure.error_event(request_id))
+
+
+class AskJSON:
+    """The one JSON object of a plain /ask."""
+
+    headers, heartbeat = {"Content-Type": JSON}, b""
+
+    def __init__(self) -> None:
+        self.text = {"delta": "", "reasoning": ""}
+
+    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+        for kind, text in pieces:
+            self.text[kind] += text
+        return b""
+
+    def end(self, completion: Completion) -> bytes:
+        if not completion.has_message:
+            raise Failure("upstream_error")
+        answer = cast(Answer, {"response": self.text["delta"], **ending(completion)})
+        if self.text["reasoning"]:
+            answer["reasoning"] = self.text["reasoning"]
+        return utf8_json(to_json(answer))
+
+    def error(self, failure: Failure, request_id: str) -> None:
+        return None
+
+
+class AskText:
+    """The answer itself, piece by piece; only a cut connection can say that it broke off."""
+
+    headers, heartbeat = {**STREAM_HEADERS, "Content-Type": TEXT}, b""
+
+    def __init__(self) -> None:
+        # By way of UTF-16, which joins a surrogate pair that came in two pieces.
+        self.joined = codecs.getincrementaldecoder("utf-16-le")("replace")
+
+    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+        text = "".join(text for kind, text in pieces if kind == "delta")
+        return self.joined.decode(text.encode("utf-16-le", "surrogatepass")).encode()
+
+    def end(self, completion: Completion) -> bytes:
+        if not completion.has_message:
+            raise Failure("upstream_error")
+        return self.joined.decode(b"", final=True).encode()
+
+    def error(self, failure: Failure, request_id: str) -> None:
+        return None
+
+
+class ChatCompletionEvents:
+    """The upstream's own events; its usage chunk only where the client has asked for it."""
+
+    headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
+
+    def __init__(self, include_usage: bool) -> None:
+        self.include_usage = include_usage
+
+    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+        usage_only = chunk.get("usage") and not chunk.get("choices")
+        return b"" if usage_only and not self.include_usage else event
+
+    def end(self, completion: Completion) -> bytes:
+        return END_MARK
+
+    def error(self, failure: Failure, request_id: str) -> bytes:
+        return sse_event(failure.openai_error())
+
+
+class ChatCompletionJSON:
+    """The upstream's own plain answer, byte for byte."""
+
+    headers, heartbeat = {"Content-Type": JSON}, b""
+
+    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+        return event
+
+    def end(self, completion: Completion) -> bytes:
+        return b""
+
+    def error(self, failure: Failure, request_id: str) -> None:
+        return None
+
+
+class ClientStream:
+    """The response to one client: whole writes, one at a time, and nothing after its end."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str], stall: StallTimeout) -> None:
+        self.send = send
+        self.headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        self.stall = stall
+        self.started = self.complete = False
+        self.last_write = stall.clock()
         self.writing = asyncio.Lock()
-        self.started = self.complete = self.closed = False
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        async with self.writing:
+            if self.complete:
+                return
+            self.stall.waiting_since = self.stall.clock()
+            if not self.started:
+                self.started = True
+                if last:
+                    self.headers.append((b"content-length", b"%d" % len(data)))
+                head = {"type": "http.response.start", "status": 200, "headers": self.headers}
+                await self.send(head)
+            await self.send({"type": "http.response.body", "body": data, "more_body": not last})
+            self.complete = last
+            self.stall.waiting_since = None
+            self.last_write = self.stall.clock()
+
+
+class AppState(TypedDict):
+    """What an endpoint finds in `request.state`."""
+
+    settings: Settings
+    events: EventLog | LogDatabase
+    upstream: Upstream
+    admission: Admission
+    metrics: Metrics
+    ask_model: type[Ask]
+    chat_model: type[ChatCompletionRequest]
+    started: float
+    # Of one request: its ask was accepted, so its end is counted where it ends.
+    accepted: NotRequired[bool]
+
+
+OUTCOME_LEVELS: Mapping[Outcome, int] = {
+    "finished": logging.INFO,
+    "cancelled": logging.WARNING,
+    "failed": logging.ERROR,
+}
+
+
+class Exchange:
+    """One ask: it owns its place, its upstream, its client's stream and its closing event."""
+
+    def __init__(self, request: ChatRequest, encoder: Encoder, state: AppState) -> None:
+        self.request = request
+        self.encoder = encoder
+        self.state = state
+        self.clock = asyncio.get_running_loop().time
+        self.started_at = self.clock()
+        self.first_piece_at: float | None = None
+        self.completion = Completion(request.model, "delta" if request.stream else "message")
+        # Encoded, but not written yet.
+        self.pending = bytearray()
+        self.failure: Failure | None = None
+        self.settled = False
+        self.decoder = SSEDecoder() if request.stream else BodyDecoder()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.send = send
-        self.asks.active += 1
-        self.asks.total += 1
-        failure: Failure | None = None
+        self.state["admission"].admit(self.request.caller)
+        scope["state"]["accepted"] = True
+        stall = StallTimeout(self.state["settings"].client_timeout)
+        self.client = ClientStream(send, self.encoder.headers, stall)
         try:
-            async with asyncio.TaskGroup() as tasks, aclosing(self.parts):
-                # It sees its end itself: `receive` tells of the complete answer (ASGI, HTTP).
-                tasks.create_task(self.watch(receive))
-                async for part in self.parts:
-                    await self.write(part, last=self.complete)
-                    self.heard = self.sent
-                    if self.complete:
-                        self.close("ask finished")
+            async with stall, asyncio.TaskGroup() as tasks:
+                listener = tasks.create_task(self.attend_client(receive))
+                try:
+                    await self.relay()
+                except Exception as exc:
+                    await self.report(exc)
+                listener.cancel()
         except* ClientDisconnect:
             pass
-        except* Failure as group:
-            failure = next(exc for exc in group.exceptions if isinstance(exc, Failure))
-        except* Exception as group:
-            failure = Failure("internal_error")
-            failure.__cause__ = group.exceptions[0]
+        except* TimeoutError:
+            if not stall.timeout.expired():
+                raise
         finally:
-            if not self.closed:
-                self.close("ask failed" if failure else "ask cancelled", failure)
-        if failure and self.started:
-            await self.write(frame(failure.event(get_contextvars()["request_id"])), last=True)
-        elif failure:
-            raise failure
+            self.settle()
+        if self.failure and not self.client.started:
+            raise self.failure
+        if self.client.started and not self.client.complete:
+            raise ConnectionCut
 
-    async def watch(self, receive: Receive) -> None:
-        """End the ask when its client leaves or its upstream falls silent; send heartbeats."""
-        silence = self.settings.openai_timeout
-        heartbeat = self.settings.heartbeat_seconds if self.ask.stream else math.inf
-        while True:
+    async def listen_for_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not self.client.complete:
+            raise ClientDisconnect
+
+    async def attend_client(self, receive: Receive) -> None:
+        """End the ask when its client leaves; send heartbeats while nothing else is sent."""
+        if not self.encoder.heartbeat:
+            return await self.listen_for_disconnect(receive)
+        interval = self.state["settings"].heartbeat_seconds
+        while not self.client.complete:
+            # A client that holds a write up is sent nothing else meanwhile.
+            blocked = self.client.writing.locked()
+            due = (self.clock() if blocked else self.client.last_write) + interval
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(min(self.heard + silence, self.sent + heartbeat)):
-                    while (await receive())["type"] != "http.disconnect":
-                        pass
-                    if self.closed:
-                        return
-                    raise ClientDisconnect
-            now = self.clock()
-            if self.writing.locked():
-                # The client holds a write up: the silence is not the upstream's.
-                self.heard = self.sent = now
-            elif now >= self.heard + silence:
-                raise Failure("upstream_timeout")
-            elif now >= self.sent + heartbeat:
-                await self.write(b": ping\n\n")
+                async with asyncio.timeout_at(due):
+                    await self.listen_for_disconnect(receive)
+            if (
+                self.clock() >= self.client.last_write + interval
+                and not self.client.writing.locked()
+            ):
+                await self.client.write(self.encoder.heartbeat)
+        return None
 
-    async def write(self, part: bytes, *, last: bool = False) -> None:
-        async with self.writing:
-            if not self.started:
-                if last:
-                    self.raw_headers.append((b"content-length", b"%d" % len(part)))
-                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-                await self.send(start)
-                self.started = True
-            await self.send({"type": "http.response.body", "body": part, "more_body": not last})
-            self.sent = self.clock()
-
-    async def open(self) -> AsyncStream[object]:
-        """The upstream's 200; tries again only while the client has been sent nothing."""
-        tries, refused = 0, set[str]()
-        while True:
-            body = self.upstream.body(self.ask)
-            try:
-                stream = await self.upstream.complete(body)
-                break
-            except Failure as failure:
-                name = unsupported_field(failure.__cause__)
-                if name in body and TOKEN_FIELDS.get(name) not in refused:
-                    self.upstream.learn(name)
-                    refused.add(name)
-                    delay: float | None = 0
-                else:
-                    delay = patience(failure, tries)
-                    tries += 1
-                if isinstance(failure.__cause__, openai.APIStatusError):
-                    self.heard = self.clock()
-                if delay is None or tries > self.settings.openai_max_retries or self.started:
-                    raise
-                if self.clock() + delay >= self.heard + self.settings.openai_timeout:
-                    raise
-                await asyncio.sleep(delay)
-                if self.started:  # by a heartbeat
-                    raise
-        self.heard = self.clock()
-        if "temperature" in self.ask.model_fields_set - body.keys():
-            self.facts["ignored"] = ["temperature"]
-        return stream
-
-    async def reads(self) -> AsyncGenerator[bytes, None]:
-        """The upstream's answer, read by read; raises a Failure where it breaks off."""
-        response = (await self.open()).response
-        async with aclosing(response):
-            try:
-                async for read in response.aiter_raw():
-                    self.heard = self.clock()
-                    yield read
-            except Exception as exc:  # httpx2's and aiohttp's own, which the client lets through
-                raise Failure("upstream_error") from exc
-            yield b"\n\n"  # Ends a last event that was left open; JSON does not mind.
-
-    async def collect(self) -> AsyncGenerator[bytes, None]:
-        """The one JSON object of an ask that does not stream."""
-        async with aclosing(self.reads()) as reads:
-            body = b"".join([read async for read in reads])
-        text = said("message", body.decode("utf-8-sig", "replace").strip(), self.facts)
-        self.answer_chars = len(text)
-        self.complete = True
-        yield utf8(to_json({"response": text, **self.facts}))
-
-    async def relay(self) -> AsyncGenerator[bytes, None]:
-        """The events of a stream; those of one upstream read leave together."""
-        decoder = Decoder()
-        async with aclosing(self.reads()) as reads:
+    async def relay(self) -> None:
+        """The model's answer in the client's format; what arrives together leaves together."""
+        upstream = self.state["upstream"]
+        async with upstream.stream(self.request, lambda: not self.client.started) as (sent, reads):
+            self.completion.ignored = "temperature" in self.request.parameters.keys() - sent.keys()
             async for read in reads:
-                frames, failure = self.translated(decoder.feed(read))
-                if frames:
-                    yield b"".join(frames)
-                if failure:
-                    raise failure
-                if self.complete:
+                self.encode(self.decoder.feed(read))
+                if self.completion.done:
                     break
+                if self.pending:
+                    await self.write_pending()
             else:
-                if self.facts["finish_reason"] is None:
+                self.encode(self.decoder.close())
+                if not self.completion.complete:
                     raise Failure("upstream_error")
-                yield self.done()
-            # The connection can be used again only once its answer has been read to the end.
-            with suppress(TimeoutError, Failure):
-                async with asyncio.timeout(0.2):
-                    async for _ in reads:
-                        pass
+            self.pending += self.encoder.end(self.completion)
+            await self.write_pending(last=True)
+            # Now, since the client may ask again before the connections here are put in order.
+            self.settle()
 
-    def translated(self, events: Iterable[str]) -> tuple[list[bytes], Failure | None]:
-        """The frames for what the upstream's *events* say, and the failure that ends them."""
-        frames: list[bytes] = []
-        try:
-            for data in events:
-                if data == "[DONE]":
-                    return [*frames, self.done()], None
-                if text := said("delta", data, self.facts):
-                    self.answer_chars += len(text)
-                    self.first_token = self.first_token or self.clock()
-                    frames.append(delta(text))
-        except Failure as failure:
-            return frames, failure
-        return frames, None
+    def encode(self, block: bytes) -> None:
+        """Add to `pending` what the upstream's events in *block* say, up to its end mark."""
+        if (pieces := self.completion.skim(block)) is not None:
+            return self.append(block, {}, pieces)
+        for event, data in self.decoder.events(block) if block else ():
+            if data == b"[DONE]":
+                self.completion.done = True
+                break
+            if data:
+                chunk = parse_chunk(data)
+                self.append(event, chunk, self.completion.add(chunk))
+                self.completion.learn_opening(event)
+        return None
 
-    def done(self) -> bytes:
-        self.complete = True
-        return frame({"type": "done", **self.facts}) + b"data: [DONE]\n\n"
+    def append(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> None:
+        if pieces and self.first_piece_at is None and self.request.stream:
+            self.first_piece_at = self.clock()
+        self.pending += self.encoder.chunk(event, chunk, pieces)
 
-    def close(self, outcome: str, failure: Failure | None = None) -> None:
-        """Give the place back and log the *outcome*, as every accepted ask does exactly once."""
-        self.closed = True
-        self.asks.active -= 1
-        self.asks.failed += outcome == "ask failed"
-        self.asks.cancelled += outcome == "ask cancelled"
-        tokens_used = self.facts["tokens_used"]
-        self.upstream.tokens_used += tokens_used if isinstance(tokens_used, int) else 0
-        facts = {
-            "stream": self.ask.stream,
-            **self.facts,
-            "prompt_chars": len(self.ask.prompt),
-            "answer_chars": self.answer_chars or None,
-            "first_token_ms": self.first_token and self.milliseconds(self.first_token),
+    async def write_pending(self, *, last: bool = False) -> None:
+        data = bytes(self.pending)
+        self.pending.clear()
+        await self.client.write(data, last=last)
+
+    async def report(self, exc: Exception) -> None:
+        """Make *exc* the failure of this ask, and tell the client of it if its answer has begun."""
+        self.failure = exc if isinstance(exc, Failure) else Failure("internal_error")
+        if self.failure is not exc:
+            self.failure.__cause__ = exc
+        if self.client.started or self.pending:
+            told = self.encoder.error(self.failure, get_contextvars()["request_id"])
+            self.pending += told or b""
+            await self.write_pending(last=told is not None)
+
+    def settle(self) -> None:
+        """Give the place back, count and log, as every accepted ask does exactly once."""
+        if self.settled:
+            return
+        self.settled = True
+        outcome: Outcome = "cancelled"
+        if self.failure or self.client.complete:
+            outcome = "failed" if self.failure else "finished"
+        self.state["admission"].leave(outcome, self.tokens_spent())
+        completion, failure = self.completion, self.failure
+        self.count(failure.code if failure else "cancelled" if outcome == "cancelled" else "")
+        event: dict[str, object] = {
+            "stream": self.request.stream,
+            "model": completion.model,
+            "finish_reason": completion.finish_reason,
+            "tokens_used": completion.tokens_used,
+            **completion.usage,
+            "prompt_chars": self.request.prompt_chars,
+            "answer_chars": completion.answer_chars or None,
+            "first_token_ms": self.first_piece_at and self.milliseconds(self.first_piece_at),
             "duration_ms": self.milliseconds(self.clock()),
+            "user": self.request.caller.user,
+            "ignored": ["temperature"] if completion.ignored else None,
         }
         if failure:
-            facts |= {"code": failure.code, "status": failure.status_code, "cause": cause(failure)}
-            facts["exc_info"] = failure.__cause__ if failure.code == "internal_error" else None
-        known = {name: fact for name, fact in facts.items() if fact is not None}
-        log.log(OUTCOMES[outcome], outcome, **known)
+            event |= {"code": failure.code, "status": failure.status_code}
+            event |= {"cause": log_cause(failure)}
+            event["exc_info"] = failure.__cause__ if failure.code == "internal_error" else None
+        known = {name: value for name, value in event.items() if value is not None}
+        log.log(OUTCOME_LEVELS[outcome], f"ask {outcome}", **known)
+
+    def tokens_spent(self) -> int:
+        """The tokens for DAILY_TOKENS: the upstream's figure, or an estimate where it told none."""
+        completion, failure = self.completion, self.failure
+        if completion.tokens_used is not None:
+            return completion.tokens_used
+        unreached = failure and failure.code == "upstream_unreachable"
+        if unreached or (failure and isinstance(failure.__cause__, Refusal)):
+            return 0
+        sent = sum(map(len, self.request.texts)) + len(self.state["settings"].system_prompt)
+        return math.ceil((sent + completion.answer_chars + completion.reasoning_chars) / 4)
+
+    def count(self, error_type: str) -> None:
+        metrics = self.state["metrics"]
+        metrics.tokens_used += self.completion.tokens_used or 0
+        observe = partial(metrics.observe, model=self.request.model)
+        seconds = self.clock() - self.started_at
+        observe(
+            "gen_ai_client_operation_duration_seconds",
+            seconds,
+            label="error_type",
+            given=error_type,
+        )
+        if self.first_piece_at is not None:
+            seconds = self.first_piece_at - self.started_at
+            observe("gen_ai_client_operation_time_to_first_chunk_seconds", seconds)
+        for kind, name in (("input", "prompt_tokens"), ("output", "completion_tokens")):
+            if (tokens := self.completion.usage.get(name)) is not None:
+                observe(
+                    "gen_ai_client_token_usage",
+                    cast(int, tokens),
+                    label="gen_ai_token_type",
+                    given=kind,
+                )
 
     def milliseconds(self, instant: float) -> float:
-        return round((instant - self.begun) * 1000, 1)
+        return round((instant - self.started_at) * 1000, 1)
 
 
-def authorize(request: Request[State]) -> None:
-    """Raises 401 unless the request carries API_TOKEN, where one is set."""
-    if token := request.state["settings"].api_token:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = secrets.compare_digest(given.strip().encode(), token.encode())
-        if not (right and scheme.lower() == "bearer"):
-            raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
-
-
-async def ask(request: Request[State]) -> Response:
-    authorize(request)
-    settings, asks = request.state["settings"], request.state["asks"]
-    asked = validated(Ask, await read_json(request, settings.max_body_bytes))
+def require_key(settings: Settings) -> None:
     if not settings.openai_api_key:
         raise Failure("not_configured")
-    if asks.active >= settings.max_concurrent_asks:
-        raise Failure("overloaded", retry_after=1)
-    return Answer(asked, request.state)
 
 
-async def status(request: Request[State]) -> Response:
+async def ask(request: Request[AppState]) -> ASGIApp:
+    """POST /ask: as events, as one JSON object, or as text."""
+    state, caller = request.state, identify(request)
+    settings = state["settings"]
+    body = validate(state["ask_model"], await read_json(request, settings))
+    require_key(settings)
+    question: JsonObject = {"role": "user", "content": body.prompt}
+    given: JsonObject = {} if body.temperature is MISSING else {"temperature": body.temperature}
+    chat = ChatRequest(
+        caller=caller,
+        model=settings.openai_model if body.model is MISSING else body.model,
+        messages=[*(turn.model_dump() for turn in body.history), question],
+        stream=body.stream,
+        token_limit=settings.max_output_tokens if body.max_tokens is MISSING else body.max_tokens,
+        parameters=given,
+        prompt_chars=len(body.prompt),
+    )
+    accepted = request.headers.get("accept", "").partition(",")[0].partition(";")[0]
+    if accepted.strip().lower() == "text/plain":
+        return Exchange(chat, AskText(), state)
+    return Exchange(chat, AskEvents() if body.stream else AskJSON(), state)
+
+
+async def chat_completions(request: Request[AppState]) -> ASGIApp:
+    """POST /v1/chat/completions: OpenAI's own API, for its own libraries."""
+    state, caller = request.state, identify(request)
+    settings = state["settings"]
+    values = await read_json(request, settings)
+    body = validate(state["chat_model"], values)
+    model = settings.openai_model if body.model is MISSING else body.model
+    if model not in settings.models:
+        wrong = FieldError(field="model", detail="This model may not be named here")
+        raise Failure("model_not_found", errors=[wrong])
+    try:
+        to_json(values)
+    except ValueError as exc:  # 1e999 was read as infinity
+        raise Failure("invalid_json", f"The body is not JSON: {exc}") from exc
+    require_key(settings)
+    limits = [limit for name in OTHER_NAME if (limit := getattr(body, name, None)) is not None]
+    if all(isinstance(limit, int) for limit in limits):
+        limits.sort()
+    own = {"model", "messages", "stream", *OTHER_NAME}
+    messages = cast(list[JsonObject], values["messages"])
+    chat = ChatRequest(
+        caller=caller,
+        model=model,
+        messages=messages,
+        stream=bool(body.stream),
+        token_limit=limits[0] if limits else settings.max_output_tokens,
+        parameters={name: value for name, value in values.items() if name not in own},
+        prompt_chars=sum(map(len, texts_of(messages))),
+    )
+    if not chat.stream:
+        return Exchange(chat, ChatCompletionJSON(), state)
+    include_usage = bool((body.stream_options or {}).get("include_usage"))
+    return Exchange(chat, ChatCompletionEvents(include_usage), state)
+
+
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    """The models that a request may name."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+async def list_models(request: Request[AppState]) -> Response:
+    """GET /v1/models."""
+    identify(request)
+    models = [
+        Model(id=name, object="model", created=0, owned_by="openai-backend")
+        for name in request.state["settings"].models
+    ]
+    return json_response(ModelList(object="list", data=models))
+
+
+class AskCounts(TypedDict):
+    """Since the start."""
+
+    active: int
+    total: int
+    failed: int
+    cancelled: int
+
+
+class Status(TypedDict):
+    """Whether it all works."""
+
+    status: Literal["running"]
+    version: str
+    openai_connected: bool
+    model: str
+    uptime_seconds: float
+    asks: AskCounts
+    tokens_used: int
+
+
+async def status(request: Request[AppState]) -> Response:
     state = request.state
-    settings, upstream = state["settings"], state["upstream"]
+    settings = state["settings"]
     keyed = settings.openai_api_key not in {"", "demo"}
-    return reply(
-        {
-            "status": "running",
-            "version": VERSION,
-            "openai_connected": keyed and await upstream.connected(),
-            "model": upstream.model,
-            "uptime_seconds": round(time.monotonic() - state["started"], 1),
-            "asks": asdict(state["asks"]),
-            "tokens_used": upstream.tokens_used,
-        }
+    return json_response(
+        Status(
+            status="running",
+            version=VERSION,
+            openai_connected=keyed and await state["upstream"].connected(),
+            model="demo" if settings.demo else settings.openai_model,
+            uptime_seconds=round(time.monotonic() - state["started"], 1),
+            asks=cast(AskCounts, asdict(state["admission"].asks)),
+            tokens_used=state["metrics"].tokens_used,
+        )
     )
 
 
-async def logs(request: Request[State]) -> Response:
-    authorize(request)
-    given: dict[str, object] = {}
+async def logs(request: Request[AppState]) -> Response:
+    require_operator(request)
+    given: JsonObject = {}
     if (limit := request.query_params.get("limit")) is not None:
         given["limit"] = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else limit
     if (level := request.query_params.get("level")) is not None:
         given["level"] = level.upper()
-    query = validated(LogsQuery, given)
-    return reply(request.state["events"].tail(level=query.level, limit=query.limit))
+    query = validate(LogsQuery, given)
+    level = None if query.level is MISSING else query.level
+    return json_response(await request.state["events"].tail(level=level, limit=query.limit))
 
 
-async def demo_completion(request: Request) -> Response:
-    """The demo model: it says what it is, quotes the prompt, and counts words as tokens."""
-    body = await request.json()
-    prompt = body["messages"][-1]["content"]
-    words = re.findall(r"\s*\S+", f"This is the demo model, not OpenAI. You said: “{prompt}”")
-    asked, limit = sum(len(turn["content"].split()) for turn in body["messages"]), len(words)
-    words = words[: body.get("max_tokens", limit)]
-    reason = "stop" if len(words) == limit else "length"
-    usage = {"prompt_tokens": asked, "completion_tokens": len(words)}
-    usage["total_tokens"] = asked + len(words)
-    if body["stream"]:
-        return StreamingResponse(demo_chunks(words, reason, usage), media_type=SSE)
-    message = {"role": "assistant", "content": "".join(words)}
-    choice = {"index": 0, "message": message, "finish_reason": reason}
-    return reply({"model": "demo", "choices": [choice], "usage": usage})
+async def metrics(request: Request[AppState]) -> Response:
+    require_operator(request)
+    lines = request.state["metrics"].exposition(request.state["admission"].asks)
+    media_type = "text/plain; version=0.0.4; charset=utf-8"
+    return Response("".join(f"{line}\n" for line in lines), media_type=media_type)
 
 
-async def demo_chunks(words: list[str], reason: str, usage: object) -> AsyncIterator[bytes]:
-    for word in words:
-        choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
-        yield frame({"model": "demo", "choices": [choice]})
-        await asyncio.sleep(0.04)
-    yield frame({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-    yield frame({"choices": [], "usage": usage}) + b"data: [DONE]\n\n"
+@dataclass(frozen=True)
+class DemoAnswer:
+    """How the demo model answers; *delay* is the seconds before the first word."""
+
+    text: str
+    reasoning: str = ""
+    delay: float = 0
+    finish_reason: str = "stop"
+    cut: bool = False
 
 
-@asynccontextmanager
-async def serve_demo() -> AsyncIterator[str]:
-    """Serve the demo model on a free loopback port; yields its base URL."""
-    app = Starlette(routes=[Route("/v1/chat/completions", demo_completion, methods=["POST"])])
-    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, ws="none")
-    config.load()
-    # Not Server.serve(), which would take the signals from the server around this one.
-    server = uvicorn.Server(config)
-    server.lifespan = config.lifespan_class(config)
-    listener = socket.create_server(("127.0.0.1", 0))
-    await server.startup(sockets=[listener])
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    finally:
-        for each in server.servers:
-            each.close()
+DEMO_ERRORS = {400, 401, 429, 500, 503}
+# A prompt that begins with one of these words, so that a front end meets every branch.
+DEMO_ANSWERS: Mapping[str, DemoAnswer] = {
+    "/cut": DemoAnswer("This answer of the demo model breaks off", cut=True),
+    "/slow": DemoAnswer("This answer of the demo model took 20 seconds to begin.", delay=20),
+    "/reason": DemoAnswer(
+        "This is the demo model's answer.",
+        reasoning="The demo model thinks aloud before it speaks.",
+    ),
+    "/long": DemoAnswer(" ".join(["This is the demo model, and it talks and talks."] * 50)),
+    "/empty": DemoAnswer("", finish_reason="length"),
+}
 
 
-def schema(about: str, *optional: str, **properties: object) -> Json:
-    """The JSON Schema of an object; its *properties* are required, but for the *optional* ones."""
-    required = [name for name in properties if name not in optional]
-    kind = {"type": "object", "description": about}
-    return {**kind, "properties": properties, "required": required}
+class DemoTransport(httpx2.AsyncBaseTransport):
+    """The demo model, in the place of a network: all else on an ask's way is the real thing."""
+
+    PACE = 0.04
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        body: JsonObject = json.loads(request.content)
+        messages = cast(list[JsonObject], body["messages"])
+        prompt = "".join(texts_of(messages[-1:]))
+        command, _, argument = prompt.partition(" ")
+        code = int(argument[:3]) if re.match("(?a:[0-9]{3})", argument) else 0
+        if command == "/error" and code in DEMO_ERRORS:
+            headers = {"Retry-After": "3"} if code == 429 else {}
+            error = {"message": f"The demo model was asked for a {code}.", "type": "demo"}
+            return httpx2.Response(code, headers=headers, json={"error": error}, request=request)
+        usual = DemoAnswer(f"This is the demo model, not OpenAI. You said: “{prompt}”")
+        answer = DEMO_ANSWERS.get(command.strip(), usual)
+        words = [("reasoning_content", word) for word in re.findall(r"\s*\S+", answer.reasoning)]
+        words += [("content", word) for word in re.findall(r"\s*\S+", answer.text)]
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        reason = answer.finish_reason
+        if isinstance(limit, int) and limit < len(words):
+            words, reason = words[:limit], "length"
+        reasoned = sum(kind == "reasoning_content" for kind, _ in words)
+        asked = sum(len(text.split()) for text in texts_of(messages))
+        usage = {
+            "prompt_tokens": asked,
+            "completion_tokens": len(words),
+            "total_tokens": asked + len(words),
+        } | ({"completion_tokens_details": {"reasoning_tokens": reasoned}} if reasoned else {})
+        answered = self.stream if body.get("stream") else self.plain
+        return httpx2.Response(200, content=answered(answer, words, reason, usage), request=request)
+
+    async def stream(
+        self, answer: DemoAnswer, words: list[tuple[str, str]], reason: str, usage: object
+    ) -> AsyncIterator[bytes]:
+        head: JsonObject = {"id": "chatcmpl-demo", "object": "chat.completion.chunk"}
+        head |= {"model": "demo", "created": int(time.time())}
+
+        def chunk(delta: object, finish_reason: str | None = None) -> bytes:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+            return sse_event({**head, "choices": [choice]})
+
+        yield chunk({"role": "assistant", "content": ""})
+        await asyncio.sleep(answer.delay)
+        for kind, word in words:
+            yield chunk({kind: word})
+            await asyncio.sleep(self.PACE)
+        if not answer.cut:
+            yield chunk({}, reason)
+            yield sse_event({**head, "choices": [], "usage": usage}) + END_MARK
+
+    async def plain(
+        self, answer: DemoAnswer, words: list[tuple[str, str]], reason: str, usage: object
+    ) -> AsyncIterator[bytes]:
+        await asyncio.sleep(answer.delay)
+        said = {"content": "", "reasoning_content": ""}
+        for kind, word in words:
+            said[kind] += word
+        message = {"role": "assistant"} | {
+            kind: text for kind, text in said.items() if text or kind == "content"
+        }
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        head: JsonObject = {"id": "chatcmpl-demo", "object": "chat.completion"}
+        head |= {"model": "demo", "created": int(time.time())}
+        whole = utf8_json(to_json({**head, "choices": [choice], "usage": usage}))
+        yield whole[:100] if answer.cut else whole
 
 
 def ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def schemas() -> Json:
-    """What goes over the wire: requests as they are validated, the rest as it is written."""
-    asked = Ask.model_json_schema(ref_template=ref("{model}")["$ref"])
-    text, number = {"type": "string"}, {"type": "integer"}
-    date = {"type": "string", "format": "date-time"}
-    text_or_null, number_or_null = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
-    end: Json = {"finish_reason": text_or_null, "tokens_used": number_or_null, "model": text}
-    end["ignored"] = {"type": "array", "items": {"const": "temperature"}}
-    failure: Json = {"code": {"enum": list(ERRORS)}, "request_id": text}
-    failure["status"] = {"enum": sorted({status for status, _ in ERRORS.values()})}
-    error: Json = {"type": {"const": "error"}, "error": text, **failure, "retry_after": number}
-    errors = {"type": "array", "items": schema("A wrong field.", field=text, detail=text)}
-    piece: Json = {"type": {"const": "delta"}, "content": {"type": "string", "minLength": 1}}
-    about: Json = {"status": {"const": "running"}, "version": text, "model": text}
-    about |= {"openai_connected": {"type": "boolean"}, "uptime_seconds": {"type": "number"}}
-    about["asks"] = schema("Since the start.", **{each.name: number for each in fields(Asks)})
-    event: Json = {"timestamp": date, "level": {"enum": LEVELS}, "message": text}
-    event["metadata"] = {"type": ["object", "null"]}
+class UntitledSchema(GenerateJsonSchema):
+    """Schemas without a title for each field, which says its name once more."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def schemas(settings: Settings) -> dict[str, Any]:
+    """What goes over the wire: requests as they are validated, the rest as it is typed."""
+    received = (ask_model(settings), chat_model(settings))
+    sent = (Answer, PieceEvent, DoneEvent, ErrorEvent, Problem, OpenAIError, Status, LogEvent)
+    types: tuple[type[Any], ...] = (*received, *sent, ModelList)
+    _, document = TypeAdapter.json_schemas(
+        [(each.__name__, "validation", TypeAdapter(each)) for each in types],
+        ref_template=ref("{model}")["$ref"],
+        schema_generator=UntitledSchema,
+    )
+    definitions: dict[str, Any] = document["$defs"]
+    return definitions
+
+
+def operation(
+    name: str,
+    summary: str,
+    content: object,
+    codes: Iterable[Code] = (),
+    *,
+    secured: bool = False,
+    error: str = "Problem",
+    **more: object,
+) -> dict[str, Any]:
+    """An operation that answers with *content*, or with an *error* of one of the *codes*."""
+    text = {"schema": {"type": "string"}}
+    extra = {"401": "WWW-Authenticate", "429": "Retry-After", "502": "Retry-After"}
+    extra["503"] = "Retry-After"
+    responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
+    denied: tuple[Code, ...] = ("unauthorized",) if secured else ()
+    for code in ("host_not_allowed", *denied, *codes, "internal_error"):
+        failure = Failure(code)
+        problem = failure.problem("7f0c2a")
+        kind, example = (PROBLEM, problem) if error == "Problem" else (JSON, failure.openai_error())
+        content = {kind: {"schema": ref(error), "examples": {}}}
+        response = {"description": problem["title"], "content": content}
+        response = responses.setdefault(str(failure.status_code), response)
+        response["content"][kind]["examples"][code] = {"value": example}
+    for status_code, response in responses.items():
+        names = filter(None, ("X-Request-ID", extra.get(status_code)))
+        response["headers"] = dict.fromkeys(names, text)
+    security: dict[str, Any] = {"security": [{"bearer": []}]} if secured else {}
+    return {"operationId": name, "summary": summary, "responses": responses, **security, **more}
+
+
+def event_stream(events: object, example: bytes) -> dict[str, Any]:
+    """The content of a stream, an event as OpenAPI 3.2 models it in its itemSchema."""
+    data = {"anyOf": [{"contentMediaType": JSON, "contentSchema": events}, {"const": "[DONE]"}]}
+    properties = {"data": {"type": "string", **data}}
+    schema = {"type": "object", "properties": properties, "required": ["data"]}
+    return {SSE: {"schema": schema, "example": example.decode()}}
+
+
+def json_content(schema: object, **more: object) -> dict[str, Any]:
+    return {JSON: {"schema": schema, **more}}
+
+
+def ask_operations(secured: bool) -> dict[str, Any]:
+    """POST /ask and POST /v1/chat/completions; JSON first, since generated clients take that."""
+    codes = [code for code in ERRORS if code not in NOT_OF_ASKS]
+    pieces: list[Piece] = [("reasoning", "The user greets"), ("delta", "Hola")]
+    end = {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"}
+    streamed = AskEvents().chunk(b"", {}, pieces) + sse_event(end) + END_MARK
+    events = {"oneOf": [ref("PieceEvent"), ref("DoneEvent"), ref("ErrorEvent")]}
+    answers = json_content(ref("Answer")) | event_stream(events, streamed)
+    answers["text/plain"] = {"schema": {"type": "string"}}
+    example = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
+    asked = {"required": True, "content": json_content(ref("Ask"), example=example)}
+    choice = {"index": 0, "delta": {"content": "Hola"}}
+    chunk = sse_event({"object": "chat.completion.chunk", "choices": [choice]})
+    whole: dict[str, object] = {"type": "object"}
+    chat_answers = json_content(whole) | event_stream(whole, chunk + END_MARK)
+    chat = {"messages": [{"role": "user", "content": "Hola"}]}
+    content = json_content(ref("ChatCompletionRequest"), example=chat)
+    chat_asked = {"required": True, "content": content}
     return {
-        **asked.pop("$defs"),
-        "Ask": asked,
-        "Answer": schema("The answer, with `stream: false`.", "ignored", response=text, **end),
-        "Delta": schema("The next piece of the answer.", **piece),
-        "Done": schema("A complete end.", "ignored", type={"const": "done"}, **end),
-        "Error": schema("The end of an answer that broke off.", "retry_after", **error),
-        "Problem": schema("RFC 9457.", "errors", title=text, detail=text, errors=errors, **failure),
-        "Status": schema("Whether it all works.", **about, tokens_used=number),
-        "LogEvent": schema("`metadata` holds all other keys.", **event),
+        "/ask": operation("ask", "Ask", answers, codes, secured=secured, requestBody=asked),
+        "/v1/chat/completions": operation(
+            "createChatCompletion",
+            "Ask, as with OpenAI's own API",
+            chat_answers,
+            [*codes, "model_not_found"],
+            secured=secured,
+            error="OpenAIError",
+            requestBody=chat_asked,
+        ),
     }
 
 
-def operation(summary: str, ok: object, *codes: str, success: str = "200", **more: object) -> Json:
-    """An operation that answers with the content *ok*, or with one of the error *codes*."""
-    text = {"schema": {"type": "string"}}
-    extra = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
-    responses: Json = {success: {"description": "OK", "content": ok}}
-    for code in ("host_not_allowed", *codes, "internal_error"):
-        failure = Failure(code)
-        example = failure.problem("7f0c2a")
-        problems = {PROBLEM: {"schema": ref("Problem"), "examples": {}}}
-        response = {"description": example["title"], "content": problems}
-        response = responses.setdefault(str(failure.status_code), response)
-        response["content"][PROBLEM]["examples"][code] = {"value": example}
-    for status, response in responses.items():
-        names = filter(None, ("X-Request-ID", extra.get(status)))
-        response["headers"] = dict.fromkeys(names, text)
-    return {"summary": summary, "responses": responses, **more}
-
-
-def openapi(settings: Settings) -> Json:
-    """The OpenAPI 3.1 document of the service."""
-    secured: Json = {"security": [{"bearer": []}]} if settings.api_token else {}
-    absent = {"not_found", "method_not_allowed", *(["unauthorized"] if not secured else [])}
-    codes = [code for code in ERRORS if code not in absent]
-    example = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
-    asked = {JSON: {"schema": ref("Ask"), "example": example}}
-    events = {"oneOf": [ref("Delta"), ref("Done"), ref("Error")]}
-    end = {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"}
-    # An event, as OpenAPI 3.2 models it in its itemSchema, which 3.1 does not have yet.
-    data = {"anyOf": [{"contentMediaType": JSON, "contentSchema": events}, {"const": "[DONE]"}]}
-    event = {"type": "object", "properties": {"data": {"type": "string", **data}}}
-    stream: Json = {"schema": {**event, "required": ["data"]}}
-    stream["example"] = (delta("Hola") + frame(end) + b"data: [DONE]\n\n").decode()
-    answered = {SSE: stream, JSON: {"schema": ref("Answer")}}
+def read_operations(asks_secured: bool, logs_secured: bool) -> dict[str, Any]:
+    """What is read with GET."""
     query = LogsQuery.model_json_schema()["properties"].items()
     parameters = [{"name": name, "in": "query", "schema": each} for name, each in query]
-    listed = {JSON: {"schema": {"type": "array", "items": ref("LogEvent")}}}
-    html = {"text/html": {"schema": {"type": "string"}}}
-    ask = operation("Ask", answered, *codes, requestBody={"required": True, "content": asked})
-    denied = {"unauthorized", "invalid_request"}.intersection(codes)
-    logs = operation("Newest events", listed, *denied, parameters=parameters)
-    document = operation("This document", {JSON: {"schema": {"type": "object"}}})
-    paths = {
-        "/ask": {"post": ask | secured},
-        "/status": {"get": operation("Status", {JSON: {"schema": ref("Status")}})},
-        "/logs": {"get": logs | secured},
-        "/": {"get": operation("To the documentation", {}, success="307")},
-        "/openapi.json": {"get": document},
-        "/docs": {"get": operation("This document in Swagger UI", html)},
-        "/redoc": {"get": operation("This document in ReDoc", html)},
+    events = json_content({"type": "array", "items": ref("LogEvent")})
+    models = json_content(ref("ModelList"))
+    text = {"schema": {"type": "string"}}
+    html, plain = {"text/html": text}, {"text/plain": text}
+    of_logs = partial(operation, secured=logs_secured)
+    of_asks = partial(operation, secured=asks_secured, error="OpenAIError")
+    return {
+        "/": operation("page", "A page to ask from", html),
+        "/status": operation("status", "Whether it all works", json_content(ref("Status"))),
+        "/logs": of_logs(
+            "logs", "Newest events", events, ["invalid_request"], parameters=parameters
+        ),
+        "/metrics": of_logs("metrics", "Metrics, for Prometheus", plain),
+        "/v1/models": of_asks("listModels", "The models that a request may name", models),
+        "/openapi.json": operation("document", "This document", json_content({"type": "object"})),
+        "/docs": operation("swaggerUI", "This document in Swagger UI", html),
+        "/redoc": operation("redoc", "This document in ReDoc", html),
     }
-    bearer = {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
-    info = {"title": "OpenAI back end", "version": VERSION}
-    components = {"schemas": schemas(), **(bearer if secured else {})}
-    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
+
+
+def openapi(settings: Settings) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of the service."""
+    asks_secured = bool(settings.api_token or settings.jwt_secret)
+    logs_secured = asks_secured or bool(settings.admin_token)
+    posts = {path: {"post": each} for path, each in ask_operations(asks_secured).items()}
+    reads = read_operations(asks_secured, logs_secured).items()
+    components: dict[str, Any] = {"schemas": schemas(settings)}
+    if logs_secured:
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "OpenAI back end", "version": VERSION},
+        "servers": [{"url": "."}],
+        "paths": posts | {path: {"get": each} for path, each in reads},
+        "components": components,
+    }
 
 
 def docs_page(package: str, script: str, integrity: str, start: str, head: str = "") -> Response:
@@ -1211,7 +2759,9 @@ onerror="document.body.textContent = 'The CDN cannot be reached; see openapi.jso
 <script>{start}</script></body></html>""")
 
 
-SWAGGER_UI = docs_page(
+CDN = "https://cdn.jsdelivr.net/npm"
+SWAGGER_UI = partial(
+    docs_page,
     "swagger-ui-dist@5.35.0",
     "swagger-ui-bundle.js",
     "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9",
@@ -1220,134 +2770,522 @@ SWAGGER_UI = docs_page(
 integrity="sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I"
 crossorigin="anonymous">""",
 )
-REDOC = docs_page(
+REDOC = partial(
+    docs_page,
     "redoc@2.5.4",
     "bundles/redoc.standalone.js",
     "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5",
     "window.Redoc?.init('openapi.json', {}, document.getElementById('ui'))",
 )
+PAGE_STYLE = """
+:root { color-scheme: light dark; --mono: 0.8125rem/1.7 ui-monospace, Menlo, Consolas, monospace;
+  --paper: light-dark(#faf9f6, #15171a); --field: light-dark(#fff, #1e2125);
+  --ink: light-dark(#1b1e22, #e8e6e1); --quiet: light-dark(#5c6067, #a1a6ad);
+  --line: light-dark(#e0ddd5, #33383e); --edge: light-dark(#85888c, #747a82);
+  --accent: light-dark(#0d5c75, #7ac6dc); --warn: light-dark(#8a5800, #e0b155);
+  --bad: light-dark(#b3261e, #ff9488); }
+* { box-sizing: border-box; margin: 0; color: inherit; font: inherit; }
+[hidden], #chart:not([hidden]) + p, #log:empty { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+body { max-width: 74rem; margin: auto; padding: clamp(1.25rem, 4vw, 3rem); overflow-wrap: anywhere;
+  background: var(--paper); color: var(--ink); font: 1rem/1.6 system-ui, sans-serif; }
+header, nav, #buttons { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0.5rem 1.5rem; }
+main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 3rem 4.5rem; margin-top: 2.5rem; }
+h1, h2, b { font-weight: 650; }
+h1 { font-size: 1.25rem; letter-spacing: -0.015em; }
+h2 { display: flex; justify-content: space-between; margin-bottom: 0.75rem; }
+a { color: var(--accent); text-underline-offset: 0.2em; } nav { margin-left: auto; }
+nav, dl, small, summary, select, label[id], p:not(#answer, li p) { font-size: 0.875rem; }
+dt, small, summary, table, label[id], p:not(#answer, li p), li span { color: var(--quiet); }
+#health::before { content: "●  "; color: var(--accent); }
+#health.bad::before { content: "▲  "; color: inherit; }
+#health.bad, #state.bad { color: var(--bad); }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.75rem, 1fr));
+  align-items: end; gap: 0.5rem 1rem; font-variant-numeric: tabular-nums; }
+dt { font-size: 0.75rem; } dt::first-letter { text-transform: uppercase; }
+header dl { flex-basis: 100%; min-height: 4.25rem; margin-top: 0.75rem; padding: 0.75rem 0;
+  border-block: 1px solid var(--line); }
+textarea, input, select, button { padding: 0.5rem 1.25rem; background: var(--field);
+  border: 1px solid var(--edge); border-radius: 0.5rem; }
+textarea, input { display: block; width: 100%; padding: 0.75rem 1rem; }
+textarea { min-height: 6.5rem; max-height: 60vh; resize: vertical; field-sizing: content; }
+::placeholder { color: var(--quiet); opacity: 1; }
+input { max-width: 30rem; margin-top: 0.25rem; font: var(--mono); -webkit-text-security: disc; }
+label[id] { display: block; margin: 1rem 0; }
+select { padding: 0.25rem 0.5rem; font-weight: 400; }
+#hints { margin-top: 0.75rem; line-height: 2; }
+#hints button { padding: 0 0.5rem; color: var(--accent); font: var(--mono); }
+#buttons { gap: 0.75rem; margin: 1rem 0; }
+#buttons button { color: var(--ink); font-size: 1rem; font-weight: 500; }
+#buttons #ask { background: var(--accent); border-color: var(--accent); color: var(--paper); }
+#buttons [aria-disabled="true"] { opacity: 0.5; }
+#reasoning { margin-top: 0.75rem; padding-left: 1rem; border-left: 2px solid var(--line); }
+#answer, #thoughts { max-width: 68ch; white-space: pre-wrap; }
+#answer { margin: 0.75rem 0 1.25rem; font-size: 1.0625rem; }
+[aria-busy="true"] #answer::after { content: "▍"; animation: pulse 1s infinite; }
+@keyframes pulse { 50% { opacity: 0.2; } }
+@media (prefers-reduced-motion: reduce) { #answer::after { animation: none !important; } }
+#chart span, td, th { white-space: nowrap; }
+table { width: 100%; margin-top: 0.75rem; border-collapse: collapse; font: var(--mono); }
+th, td { padding: 0 0 0 0.75rem; text-align: right; }
+:is(th, td):first-child { padding: 0 1rem 0 0; text-align: left; }
+:is(th, td):nth-child(2) { width: 100%; padding: 0; text-align: left; }
+#axis { display: flex; justify-content: space-between; }
+td:nth-child(2) { border-right: 1px solid var(--line); color: var(--accent);
+  background: linear-gradient(90deg, var(--line) 1px, transparent 1px) 0 / 50%; }
+td + td :is(i, b) { display: inline-block; height: 0.7rem; vertical-align: middle;
+  background: currentColor; }
+td + td i { height: 2px; }
+.WARNING b, .cancelled :is(i, b) { color: var(--warn); }
+:is(.ERROR, .CRITICAL) b, .failed :is(i, b) { color: var(--bad); }
+#log { max-height: 34rem; padding: 0; overflow: auto; list-style: none; font: var(--mono);
+  border-block: 1px solid var(--line); }
+li { display: grid; grid-template-columns: 4.5rem 1fr; gap: 0 1rem; padding: 0.125rem 0; }
+li p { grid-column: 1 / -1; white-space: pre-wrap; }
+@media (min-width: 60rem) {
+  main { grid-template-columns: minmax(0, 7fr) minmax(0, 5fr); }
+  section:last-child { grid-column: 1 / -1; }
+  li { grid-template-columns: 4.5rem 5rem minmax(0, 1fr); }
+  li p { grid-column: 3; }
+}
+"""
+PAGE_SCRIPT = """
+const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((it) => [it.id, it]));
+const LOST = "The service cannot be reached.";
+const CUT = "The answer broke off on its way; this is not all of it.";
+const LOCKED = "The log wants the operator's token: ADMIN_TOKEN, else API_TOKEN, where one is set.";
+const MARKS = { "ask finished": "✓", "ask cancelled": "■", "ask failed": "✕" };
+// The tab's own storage, which a browser may refuse; the path tells services of one host apart.
+const store = (() => { try { return sessionStorage; } catch { return {}; } })();
+const slot = (field) => `${location.pathname} ${field.id}`;
+const token = (field, other) => store[slot(field)] || store[slot(other)] || "";
+const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
+const clock = (timestamp) => new Date(timestamp).toLocaleTimeString("en-GB");
+let stopper = null; // of the ask under way
+let refused = null; // the token that did not open the log
+let shown = ""; // of the log: a selection in it outlives a refresh that brings nothing new
+
+function make(tag, className, ...children) {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.append(...children); // a string becomes text, never HTML
+  return made;
+}
+
+function say(element, text, bad = false) {
+  element.className = bad ? "bad" : "";
+  if (element.textContent !== text) element.textContent = text; // else it is read out again
+}
+
+/** Shows what is known of *figures*, under the names that the API gives them. */
+function showFigures(list, figures) {
+  const known = Object.entries(figures).filter(([, value]) => value != null);
+  list.replaceChildren(...known.map(([name, value]) => make("div", "",
+    make("dt", "", name.replaceAll("_", " ")), make("dd", "", value.toLocaleString("en")))));
+}
+
+async function call(path, secret, options = { signal: AbortSignal.timeout(10000) }) {
+  const headers = { "Content-Type": "application/json" };
+  if (secret) headers.Authorization = `Bearer ${secret}`;
+  const response = await fetch(path, { cache: "no-store", headers, ...options });
+  if (response.ok) return response;
+  const problem = await response.json().catch(() => ({})); // it may be a proxy's page
+  const sentence = problem.detail ?? `The service answered with the status ${response.status}.`;
+  const retry_after = response.headers.get("Retry-After");
+  throw Object.assign(new Error(sentence), { retry_after, ...problem });
+}
+
+/** The `done` event of a stream, whose pieces go to *show*; throws where it ends otherwise. */
+async function follow(response, show) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const lines = (rest + part.value).split(String.fromCharCode(10));
+    rest = lines.pop();
+    for (const line of lines.filter((each) => each.startsWith("data: {"))) {
+      const event = JSON.parse(line.slice(6));
+      if (event.type === "done") return event;
+      if (event.type === "error") throw Object.assign(new Error(event.error), event);
+      show(event);
+    }
+  }
+  throw new Error(CUT);
+}
+
+async function ask() {
+  if (stopper) return;
+  stopper = new AbortController();
+  const began = performance.now();
+  const since = () => seconds(performance.now() - began);
+  const body = JSON.stringify({ prompt: page.prompt.value, stream: true });
+  const options = { method: "POST", body, signal: stopper.signal };
+  let first, end;
+  const show = ({ type, content }) => {
+    first ??= since();
+    say(page.state, "Answering…");
+    (type === "reasoning" ? page.thoughts : page.answer).append(content);
+    page.reasoning.hidden = !page.thoughts.firstChild;
+  };
+  for (const each of [page.thoughts, page.answer, page.cost]) each.replaceChildren();
+  page.reasoning.hidden = true;
+  say(page.state, "Waiting for the first piece…");
+  setBusy(true);
+  try {
+    end = await follow(await call("ask", token(page.askToken, page.logToken), options), show);
+    say(page.state, end.finish_reason === "length" ? "Ended early." : "Finished.");
+  } catch (failure) {
+    end = failure;
+    const known = { AbortError: "Stopped.", TypeError: first ? CUT : LOST }[end.name];
+    const fields = (end.errors ?? []).map(({ field, detail }) => `${field}: ${detail}.`);
+    say(page.state, [known ?? end.message, ...fields].join(" "), end.name !== "AbortError");
+  }
+  setBusy(false);
+  stopper = null;
+  page.askWants.hidden = end.code !== "unauthorized";
+  if (end.code === "unauthorized") page.askToken.focus();
+  const { type, title, detail, error, errors, usage, ...told } = end;
+  showFigures(page.cost, { first_piece: first, in_all: since(), ...told, ...usage });
+}
+
+function setBusy(busy) {
+  page.form.ariaBusy = page.ask.ariaDisabled = busy; // `disabled` would lose the focus
+  page.stop.ariaDisabled = !busy;
+}
+
+async function showStatus() {
+  try {
+    const { model, version, tokens_used, ...status } = await (await call("status")).json();
+    const { total: asks, ...counts } = status.asks;
+    const [demo, connected] = [model === "demo", status.openai_connected];
+    const state = connected ? "Connected" : "No connection to the model, or its key is not valid";
+    say(page.health, demo ? "Demo model, not OpenAI" : state, !demo && !connected);
+    page.hints.hidden = !demo;
+    const up_for = `${Math.floor(status.uptime_seconds / 60).toLocaleString("en")} min`;
+    showFigures(page.status, { model, asks, ...counts, tokens_used, version, up_for });
+  } catch {
+    say(page.health, `${LOST} Trying again…`, true);
+  }
+}
+
+async function showLog() {
+  const [level, secret] = [page.level.value, token(page.logToken, page.askToken)];
+  if (secret === refused) return;
+  const read = async (query) => (await call(`logs?${query}`, secret)).json();
+  try {
+    const newest = await read("limit=300");
+    const events = level ? await read(`limit=100&level=${level}`) : newest.slice(-100);
+    refused = null;
+    page.logWants.hidden = true;
+    say(page.note, events.length ? "" : "No such events.");
+    showEvents(events, newest.filter(({ message }) => message in MARKS).slice(-24));
+  } catch (failure) {
+    if (failure.code !== "unauthorized") return say(page.note, "Trying to read it again…");
+    refused = secret;
+    page.logWants.hidden = false;
+    say(page.note, LOCKED);
+    showEvents([], []);
+  }
+}
+
+function showEvents(events, asks) {
+  const text = JSON.stringify([events, asks]);
+  if (text === shown) return;
+  shown = text;
+  const scale = Math.ceil(Math.max(1, ...asks.map((each) => each.metadata.duration_ms)) / 1000);
+  page.chart.hidden = !asks.length;
+  page.axis.replaceChildren(...[0, scale / 2, scale].map((at) => make("span", "", `${at} s`)));
+  page.bars.replaceChildren(...asks.map((each) => bar(each, scale * 10)).reverse());
+  page.log.replaceChildren(...events.map(logLine).reverse());
+}
+
+function logLine({ timestamp, level, message, metadata }) {
+  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  const facts = Object.entries(metadata ?? {}).map(([key, value]) => `${key}=${text(value)}`);
+  const words = make("p", "", message, "  ", make("span", "", facts.join("  ")));
+  const line = make("li", level, make("time", "", clock(timestamp)), make("b", "", level), words);
+  line.title = timestamp;
+  return line;
+}
+
+function bar({ timestamp, message, metadata }, percent) {
+  const { duration_ms: end, first_token_ms: first = end, code, model, tokens_used } = metadata;
+  const [mark, wait, rest] = [make("b", "", MARKS[message]), make("i", ""), make("b", "")];
+  [mark.role, mark.ariaLabel] = ["img", message];
+  wait.style.width = `${first / percent}%`;
+  rest.style.width = `${(end - first) / percent}%`;
+  const figures = ["first_token_ms" in metadata ? seconds(first) : "—", seconds(end)];
+  const cells = [[mark, " ", clock(timestamp)], [wait, rest], ...figures.map((each) => [each])];
+  const row = make("tr", message, ...cells.map((cell) => make("td", "", ...cell)));
+  const tokens = tokens_used != null && `${tokens_used} tokens`;
+  row.title = [message, code, model, tokens].filter(Boolean).join(", ");
+  return row;
+}
+
+async function watch(show) {
+  if (!document.hidden) await show();
+  setTimeout(watch, 2000, show);
+}
+
+for (const field of [page.askToken, page.logToken]) {
+  field.value = store[slot(field)] ?? "";
+  field.onchange = () => { if (field.reportValidity()) store[slot(field)] = field.value.trim(); };
+}
+for (const each of page.hints.children) {
+  each.onclick = () => { page.prompt.value = each.textContent; page.prompt.focus(); };
+}
+page.form.onsubmit = (event) => { event.preventDefault(); ask(); };
+page.stop.onclick = () => stopper?.abort();
+page.level.onchange = showLog;
+document.onkeydown = ({ key, ctrlKey, metaKey, target }) => {
+  if (key === "Escape") stopper?.abort();
+  if (key === "Enter" && (ctrlKey || metaKey) && target === page.prompt) page.form.requestSubmit();
+};
+watch(showStatus);
+watch(showLog);
+"""
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>OpenAI back end</title><link rel="icon" href="data:,"><style>$style</style>
+<header><h1>OpenAI back end</h1><p id="health" role="status">Looking for the service…</p>
+<nav aria-label="Documentation"><a href="docs">Swagger UI</a><a href="redoc">ReDoc</a></nav>
+<dl id="status" aria-label="Status"></dl></header>
+<main>
+<form id="form"><h2><label for="prompt">Ask the model</label></h2>
+<textarea id="prompt" required placeholder="Say hello in three languages."></textarea>
+<p id="hints" hidden>It can vary or fail: <button type="button">/reason</button>
+<button type="button">/long</button> <button type="button">/slow</button>
+<button type="button">/empty</button> <button type="button">/cut</button>
+<button type="button">/error 429</button></p>
+<label id="askWants" hidden>A token for asks, kept in this tab only
+<input id="askToken" autocomplete="off" spellcheck="false" pattern=" *[!-~]* *"></label>
+<p id="buttons"><button id="ask">Ask</button>
+<button id="stop" type="button" aria-disabled="true">Stop</button>
+<small>Ctrl or ⌘ Enter asks, Esc stops</small></p>
+<p id="state" role="status"></p>
+<details id="reasoning" open hidden><summary>Reasoning</summary><p id="thoughts"></p></details>
+<p id="answer"></p>
+<dl id="cost" aria-label="Time and cost"></dl></form>
+<section><h2>Last asks</h2>
+<div id="chart" hidden><p>A line to the first piece, then a bar to the end;
+<span>✓ finished</span>, <span>■ cancelled</span>, <span>✕ failed</span></p>
+<table aria-label="Last asks, newest first">
+<tr><th>Ended<th><div id="axis"></div><th>First<th>In all<tbody id="bars"></table></div>
+<p>Each ask that the log tells of is drawn here.</p></section>
+<section><h2><label for="level">Log</label><select id="level"><option value="">All levels
+<option>DEBUG<option>INFO<option>WARNING<option>ERROR<option>CRITICAL</select></h2>
+<p id="note" role="status"></p>
+<label id="logWants" hidden>The operator's token, kept in this tab only
+<input id="logToken" autocomplete="off" spellcheck="false" pattern=" *[!-~]* *"></label>
+<ol id="log" tabindex="0" aria-label="Newest events first"></ol></section>
+</main>
+<script>$script</script>
+"""
 
 
-def connect(settings: Settings, base_url: str) -> AsyncOpenAI:
-    limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
-        max_connections=settings.max_concurrent_asks + 100,
-        max_keepalive_connections=settings.max_concurrent_asks,
-        keepalive_expiry=60,
+def page() -> Response:
+    """GET /: the page, whose policy lets nothing in but its own style and script."""
+
+    def hashed(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {hashed(PAGE_SCRIPT)}; style-src {hashed(PAGE_STYLE)}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
-    http_client = DefaultAioHttpClient(
-        limits=limits,
-        follow_redirects=False,
-        trust_env=not settings.demo,
-    )
+    document = string.Template(PAGE).substitute(style=PAGE_STYLE, script=PAGE_SCRIPT)
+    return HTMLResponse(document, headers={"Content-Security-Policy": policy})
+
+
+def create_client(settings: Settings) -> AsyncOpenAI:
+    """AsyncOpenAI, over aiohttp or on the demo model."""
+    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+    hooks = {"response": [raise_refusal]}
+    if settings.demo:
+        http_client = httpx2.AsyncClient(transport=DemoTransport(), event_hooks=hooks)
+    else:
+        limits = httpx2.Limits(
+            max_connections=settings.max_concurrent_asks + 100,
+            max_keepalive_connections=settings.max_concurrent_asks,
+            keepalive_expiry=60,
+        )
+        http_client = DefaultAioHttpClient(
+            limits=limits, follow_redirects=False, cookies=no_cookies, event_hooks=hooks
+        )
+
+    async def forget_cookies(response: httpx2.Response) -> None:
+        # aiohttp has a jar of its own, which nothing public reaches.
+        for transport in (http_client._transport, *http_client._mounts.values()):
+            if session := getattr(transport, "client", None):
+                session.cookie_jar.clear()
+
+    hooks["response"].insert(0, forget_cookies)
+    http_client.event_hooks = hooks
     # AsyncOpenAI brings its own; every header costs about a hundredth of a short ask.
     http_client.headers.clear()
-    # Without a key no ask gets as far as this; the client insists on one.
-    key = settings.openai_api_key or "none"
-    return AsyncOpenAI(api_key=key, base_url=base_url, http_client=http_client)
+    return Client(
+        # Without a key no ask gets as far as this; the client insists on one.
+        api_key=settings.openai_api_key or "none",
+        base_url=settings.openai_base_url,
+        http_client=http_client,
+    )
 
 
-def lift_file_limit(asks: int) -> None:
+def raise_file_limit(asks: int) -> None:
     """Allow the files of so many *asks*: each takes two, and 1,024 is the usual limit."""
-    if sys.platform != "win32":
-        import resource
+    if sys.platform == "win32":
+        return
+    import resource
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 2 * asks + 200
-        if 0 <= soft < wanted:
-            limit = wanted if hard < 0 else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * asks + 200
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= wanted:
+        return
+    limit = wanted if hard == unlimited else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    except (OSError, ValueError):
+        limit = soft
+    if limit < wanted:
+        log.warning("too few files may be open", limit=limit, wanted=wanted, remedy="ulimit -n")
 
 
 @asynccontextmanager
-async def running(settings: Settings, events: EventLog) -> AsyncIterator[State]:
+async def lifespan(settings: Settings, events: EventLog | LogDatabase) -> AsyncIterator[AppState]:
     """What the requests share, from start to stop."""
-    lift_file_limit(settings.max_concurrent_asks)
-    async with AsyncExitStack() as owned:
-        base_url, model = settings.openai_base_url, settings.openai_model
-        if settings.demo:
-            log.warning("the demo model answers, not OpenAI", remedy="set OPENAI_API_KEY")
-            base_url, model = await owned.enter_async_context(serve_demo()), "demo"
-        client = await owned.enter_async_context(connect(settings, base_url))
-        upstream, asks = Upstream(client, model, settings.secret), Asks()
-        now = time.monotonic()
-        yield State(settings=settings, events=events, upstream=upstream, asks=asks, started=now)
+    raise_file_limit(settings.max_concurrent_asks)
+    if settings.demo:
+        log.warning("the demo model answers, not OpenAI", remedy="set OPENAI_API_KEY")
+    async with create_client(settings) as client:
+        admission = Admission(settings)
+        yield AppState(
+            settings=settings,
+            events=events,
+            upstream=Upstream(client, settings),
+            admission=admission,
+            metrics=Metrics(),
+            ask_model=ask_model(settings),
+            chat_model=chat_model(settings),
+            started=time.monotonic(),
+        )
         # uvicorn has just cut what was left, and would be gone before it is closed and logged.
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
-                while asks.active:  # noqa: ASYNC110 - nothing else waits for this
+                while admission.asks.active:  # noqa: ASYNC110 - nothing else waits for this
                     await asyncio.sleep(0.01)
+    if isinstance(events, LogDatabase):
+        events.close()
 
 
 def create_app(settings: Settings) -> ASGIApp:
-    """The service, ready to be served; takes over the logging of the process."""
-    events = EventLog(settings.log_buffer_size, settings.secret)
-    configure_logging(settings.log_level, events)
+    """The service, ready to be served; takes over the logging of the process.
+
+    Raises ConfigError where LOG_DATABASE cannot be used.
+    """
+    ring = EventLog(settings.log_buffer_size, settings.secret)
+    database = LogDatabase(settings.log_database, ring) if settings.log_database else None
+    configure_logging(settings.log_level, ring, *([database] if database else []))
+    warn = OriginWarning()
     app = Starlette(
         routes=[
             Route("/ask", ask, methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/models", list_models),
             Route("/status", status),
             Route("/logs", logs),
-            Route("/openapi.json", reply(openapi(settings)), methods=["GET"]),
-            Route("/docs", SWAGGER_UI, methods=["GET"]),
-            Route("/redoc", REDOC, methods=["GET"]),
-            Route("/", RedirectResponse("/docs"), methods=["GET"]),
+            Route("/metrics", metrics),
+            Route("/openapi.json", json_response(openapi(settings)), methods=["GET"]),
+            Route("/docs", SWAGGER_UI(), methods=["GET"]),
+            Route("/redoc", REDOC(), methods=["GET"]),
+            Route("/", page(), methods=["GET"]),
         ],
-        middleware=[Middleware(Gate, settings=settings)],
+        middleware=[Middleware(HostOriginMiddleware, settings=settings, warn=warn)],
         # A client that leaves during its request is no defect; nobody reads the answer then.
-        exception_handlers=dict.fromkeys((HTTPException, ClientDisconnect, Exception), on_error),
-        lifespan=lambda app: running(settings, events),
+        exception_handlers=dict.fromkeys(
+            (HTTPException, ClientDisconnect, Exception), error_response
+        ),
+        lifespan=lambda app: lifespan(settings, database or ring),
     )
     app.router.redirect_slashes = False
     # Around Starlette, whose handler for a 500 would stand outside of CORS as its middleware.
-    cors = Cors(
-        app,
-        allow_origins=settings.cors_origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization", "x-request-id"],
-        expose_headers=["Retry-After", "X-Request-ID"],
-    )
-    return RequestContext(cors)
+    return RequestIDMiddleware(LoggingCORSMiddleware(app, settings.cors_origins, warn))
 
 
-def settings_or_exit() -> Settings:
+class HTTPProtocol(HttpToolsProtocol):
+    """Reads a request that wants another protocol as HTTP/1.1 (RFC 9110, section 7.8).
+
+    httptools would lose its body (uvicorn#2722); Java's HttpClient and `curl --http2` send such.
+    """
+
+    UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
+
+    def data_received(self, data: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            head, end, body = data.partition(b"\r\n\r\n")
+            data = self.UPGRADE.sub(b"", head) + end + body
+        super().data_received(data)
+
+
+def exit_with(message: object, code: int) -> None:
+    if sys.stderr is not None:
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def configured_app() -> tuple[Settings, ASGIApp]:
+    """The app of the environment; a wrong one ends the process, with a line for each mistake."""
     try:
-        return Settings.from_env(environment())
+        settings = Settings.from_env(environment())
+        return settings, create_app(settings)
     except ConfigError as exc:
-        print(exc, file=sys.stderr)
-        sys.exit(2)
+        exit_with(exc, 2)
+        raise
 
 
 def main() -> None:
-    settings = settings_or_exit()
+    settings, app = configured_app()
     host, port = settings.api_host, settings.api_port
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
         # uvloop does this by itself, asyncio would hold small writes back for 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError as exc:
-        sys.exit(f"cannot listen on API_HOST={host} API_PORT={port}: {exc.strerror}")
-    app = create_app(settings)
+    except (OSError, UnicodeError) as exc:
+        exit_with(f"cannot listen on API_HOST={host} API_PORT={port}: {exc}", 1)
     name = f"[{host}]" if ":" in host else host
     log.info("listening", url=f"http://{name}:{listener.getsockname()[1]}")
-    if not (is_loopback(host) or settings.api_token):
+    if not (is_loopback(host) or settings.api_token or settings.jwt_secret):
         log.warning("anyone who can reach this address may ask", remedy="set API_TOKEN")
     config = uvicorn.Config(
         app,
+        http=HTTPProtocol,
+        ws="none",
         log_config=None,
         access_log=False,
-        proxy_headers=False,
-        ws="none",
         timeout_graceful_shutdown=30,
     )
-    with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+
+    async def serve() -> None:
+        # Only now: an earlier interrupt ends the process without a word, but one that cuts asks
+        # must let that be logged.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        await uvicorn.Server(config).serve(sockets=[listener])
+
+    runner = asyncio.Runner(loop_factory=config.get_loop_factory())
+    with suppress(KeyboardInterrupt), runner:
+        runner.run(serve())
+
+
+@cache
+def default_app() -> ASGIApp:
+    return configured_app()[1]
 
 
 def __getattr__(name: str) -> ASGIApp:
     """`uvicorn service:app` finds its app here (PEP 562), so that an import starts nothing."""
     if name == "app":
-        return create_app(settings_or_exit())
+        return default_app()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
