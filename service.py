@@ -1031,6 +1031,54 @@ def validate(model: type[M], values: JsonObject) -> M:
         raise Failure("invalid_request", errors=errors) from exc
 
 
+class StallTimeout:
+    """An asyncio.timeout for waiting: TimeoutError where one wait takes over *limit* seconds.
+
+    Whoever waits sets `waiting_since` before and None after. To re-arm asyncio.timeout for each
+    read and write would cost 5 % of a chunk, so a timer looks only when the limit may be over.
+    """
+
+    def __init__(self, limit: float, waiting_since: float | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.clock = self.loop.time
+        self.limit = limit
+        self.waiting_since = waiting_since
+        self.expired = False
+
+    async def __aenter__(self) -> "StallTimeout":
+        self.task = cast("asyncio.Task[object]", asyncio.current_task(self.loop))
+        self.cancelling = self.task.cancelling()
+        self.look()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.timer.cancel()
+        # As asyncio.timeout has it: a cancellation that is not only ours goes on as it came.
+        only_ours = self.expired and self.task.uncancel() <= self.cancelling
+        if only_ours and exc_type is asyncio.CancelledError:
+            raise TimeoutError from exc
+
+    def look(self) -> None:
+        now = self.clock()
+        due = (now if self.waiting_since is None else self.waiting_since) + self.limit
+        if due <= now:
+            self.expired = True
+            self.task.cancel()
+        else:
+            self.timer = self.loop.call_at(due, self.look)
+
+    def restart(self, limit: float) -> None:
+        """Wait from now on, *limit* seconds at most."""
+        self.timer.cancel()
+        self.limit, self.waiting_since = limit, self.clock()
+        self.look()
+
+
 async def discard_body(receive: Receive) -> None:
     """Read what a client is sending, for a moment: many see an answer only when they are done."""
     with suppress(TimeoutError):
@@ -1049,7 +1097,7 @@ async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
     too_large = int(request.headers.get("content-length", 0)) > settings.max_body_bytes
     body = bytearray()
     try:
-        async with asyncio.timeout(settings.client_timeout):
+        async with StallTimeout(settings.client_timeout, asyncio.get_running_loop().time()):
             more = not too_large
             while more:
                 message = await request.receive()
@@ -1477,11 +1525,10 @@ def as_count(value: object) -> int | None:
 
 # What a chunk says where its one choice goes on with text, from the choice to the end of its event.
 TEXT_CHUNK = re.compile(
-    rb'"choices": ?\[\{(?:"[a-z_]+": ?(?:null|0), ?)*+'
-    rb'"delta": ?\{(?:"role": ?"assistant", ?)?'
-    rb'"content": ?"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"(?:, ?"[a-z_]+": ?null)*+\}'
-    rb'(?:, ?"[a-z_]+": ?(?:null|0))*+\}\]'
-    rb'(?:, ?(?!"error")"[a-z_]+": ?(?:null|\d++|"[^"\\\x00-\x1f]*+"))*+\}\n\n'
+    rb'"choices":\[\{(?:"[a-z_]+":(?:null|0),)*+"delta":\{(?:"role":"assistant",)?'
+    rb'"content":"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"(?:,"[a-z_]+":null)*+\}'
+    rb'(?:,"[a-z_]+":(?:null|0))*+\}\]'
+    rb'(?:,(?!"error")"[a-z_]+":(?:null|\d++|"[^"\\\x00-\x1f]*+"))*+\}\n\n'
 )
 
 
@@ -1512,7 +1559,7 @@ class Completion:
         """Whether the answer may end here; Ollama ends with [DONE] alone."""
         return self.done or (bool(self.choices) and all(self.choices.values()))
 
-    def skim(self, block: bytes) -> list[Piece] | None:
+    def skim(self, block: bytes) -> Iterable[Piece] | None:
         """The pieces of *block* if its chunks bring nothing but text; else None.
 
         Nearly all chunks are such, and to match one costs a quarter of what a parse does.
@@ -1520,14 +1567,14 @@ class Completion:
         if self.choices != {0: False} or self.part != "delta":
             return None
         literals = TEXT_CHUNK.findall(block)
-        if not len(literals) == block.count(b"\n\n") == block.count(self.opening):
-            return None
-        if not literals or b"" in literals:
+        # Each is a whole event: a known opening, a text, two line ends, and nothing between them.
+        alike = block.count(self.opening) == len(literals) == block.count(b"\n") / 2
+        if not alike or not literals or b"" in literals:
             return None
         with suppress(ValueError):
             texts = from_json(b'["' + b'","'.join(literals) + b'"]')
             self.answer_chars += sum(map(len, texts))
-            return [("delta", text) for text in texts]
+            return zip(itertools.repeat("delta"), texts, strict=False)
         return None
 
     def learn_opening(self, event: bytes) -> None:
@@ -1698,42 +1745,6 @@ def unsupported_parameter(refusal: Refusal, texts: Iterable[str]) -> str | None:
     return None
 
 
-class StallTimeout:
-    """An asyncio.timeout for waiting: it expires where one wait takes longer than *limit* seconds.
-
-    Whoever waits sets `waiting_since` before and None after. To re-arm asyncio.timeout for each
-    read and write would cost 5 % of a chunk, so a timer looks only when the limit may be over.
-    """
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.waiting_since: float | None = None
-        self.clock = asyncio.get_running_loop().time
-        self.timeout = asyncio.timeout(None)
-
-    async def __aenter__(self) -> "StallTimeout":
-        await self.timeout.__aenter__()
-        self._look()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.timer.cancel()
-        await self.timeout.__aexit__(exc_type, exc, traceback)
-
-    def _look(self) -> None:
-        now = self.clock()
-        due = (now if self.waiting_since is None else self.waiting_since) + self.limit
-        if due <= now:
-            self.timeout.reschedule(now)
-        else:
-            self.timer = asyncio.get_running_loop().call_at(due, self._look)
-
-
 class Client(AsyncOpenAI):
     """AsyncOpenAI without the headers that tell of this machine: a fiftieth of a short ask."""
 
@@ -1741,7 +1752,7 @@ class Client(AsyncOpenAI):
     def default_headers(self) -> dict[str, str | Omit]:
         headers = super().default_headers.items()
         useful = {name: value for name, value in headers if not name.startswith("X-Stainless")}
-        return {**useful, "Accept-Encoding": "identity"}
+        return {**useful, "Accept-Encoding": "identity", "User-Agent": f"openai-backend/{VERSION}"}
 
 
 OPTIONS: RequestOptions = {
@@ -1837,7 +1848,7 @@ class Upstream:
                     yield body, reads
                     ended = True
                     # Only a response read to its end leaves a connection that is used again.
-                    stall.timeout.reschedule(stall.clock() + 0.2)
+                    stall.restart(0.2)
                     async for _ in reads:
                         pass
                 finally:
@@ -1845,7 +1856,7 @@ class Upstream:
         except (TimeoutError, Failure) as exc:
             if ended:
                 return
-            if isinstance(exc, TimeoutError) and stall.timeout.expired():
+            if isinstance(exc, TimeoutError) and stall.expired:
                 raise Failure("upstream_timeout") from exc
             raise
 
@@ -2017,7 +2028,7 @@ class Encoder(Protocol):
     def heartbeat(self) -> bytes:
         """What fills a long silence; empty where the format has nothing that readers skip."""
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes: ...
+    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes: ...
 
     def end(self, completion: Completion) -> bytes: ...
 
@@ -2030,7 +2041,7 @@ class AskEvents:
 
     headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
         # A tenth of the cost of sse_event, and this runs for every token.
         return utf8_json(
             "".join(
@@ -2056,7 +2067,7 @@ class AskJSON:
     def __init__(self) -> None:
         self.text = {"delta": "", "reasoning": ""}
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
         for kind, text in pieces:
             self.text[kind] += text
         return b""
@@ -2082,7 +2093,7 @@ class AskText:
         # By way of UTF-16, which joins a surrogate pair that came in two pieces.
         self.joined = codecs.getincrementaldecoder("utf-16-le")("replace")
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
         text = "".join(text for kind, text in pieces if kind == "delta")
         return self.joined.decode(text.encode("utf-16-le", "surrogatepass")).encode()
 
@@ -2103,7 +2114,7 @@ class ChatCompletionEvents:
     def __init__(self, include_usage: bool) -> None:
         self.include_usage = include_usage
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
         usage_only = chunk.get("usage") and not chunk.get("choices")
         return b"" if usage_only and not self.include_usage else event
 
@@ -2119,7 +2130,7 @@ class ChatCompletionJSON:
 
     headers, heartbeat = {"Content-Type": JSON}, b""
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> bytes:
+    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
         return event
 
     def end(self, completion: Completion) -> bytes:
@@ -2186,7 +2197,7 @@ class Exchange:
         self.request = request
         self.encoder = encoder
         self.state = state
-        self.clock = asyncio.get_running_loop().time
+        self.clock = time.monotonic
         self.started_at = self.clock()
         self.first_piece_at: float | None = None
         self.completion = Completion(request.model, "delta" if request.stream else "message")
@@ -2212,7 +2223,7 @@ class Exchange:
         except* ClientDisconnect:
             pass
         except* TimeoutError:
-            if not stall.timeout.expired():
+            if not stall.expired:
                 raise
         finally:
             self.settle()
@@ -2232,17 +2243,14 @@ class Exchange:
         if not self.encoder.heartbeat:
             return await self.listen_for_disconnect(receive)
         interval = self.state["settings"].heartbeat_seconds
+        clock, writing = self.client.stall.clock, self.client.writing
         while not self.client.complete:
             # A client that holds a write up is sent nothing else meanwhile.
-            blocked = self.client.writing.locked()
-            due = (self.clock() if blocked else self.client.last_write) + interval
+            quiet_since = clock() if writing.locked() else self.client.last_write
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(due):
+                async with StallTimeout(interval, quiet_since):
                     await self.listen_for_disconnect(receive)
-            if (
-                self.clock() >= self.client.last_write + interval
-                and not self.client.writing.locked()
-            ):
+            if clock() >= self.client.last_write + interval and not writing.locked():
                 await self.client.write(self.encoder.heartbeat)
         return None
 
@@ -2280,7 +2288,7 @@ class Exchange:
                 self.completion.learn_opening(event)
         return None
 
-    def append(self, event: bytes, chunk: Chunk, pieces: list[Piece]) -> None:
+    def append(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> None:
         if pieces and self.first_piece_at is None and self.request.stream:
             self.first_piece_at = self.clock()
         self.pending += self.encoder.chunk(event, chunk, pieces)

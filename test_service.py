@@ -5,14 +5,19 @@ behind that an upstream whose bytes the test writes one by one. What is pure has
 """
 
 import asyncio
+import base64
 import gzip
+import hashlib
+import hmac
 import http.client
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -31,12 +36,13 @@ from typing import Any, NoReturn
 from unittest.mock import ANY
 
 import httpx2
+import openai
 import pytest
 import pytest_asyncio
 import structlog
 import uvicorn
 from dotenv import dotenv_values
-from openai import DefaultAsyncHttpxClient
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAI
 from pydantic import TypeAdapter
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -183,7 +189,9 @@ def chunk(text: str | None = None, **more: Any) -> bytes:
     reason = more.pop("finish_reason", None)
     said = {} if text is None else {"content": text}
     choices = [{"index": 0, "delta": said, "finish_reason": reason}]
-    return f"data: {json.dumps({'model': 'gpt-real', 'choices': choices, **more})}\n\n".encode()
+    parsed = {"model": "gpt-real", "choices": choices, **more}
+    # Compact, as OpenAI writes it.
+    return f"data: {json.dumps(parsed, separators=(',', ':'))}\n\n".encode()
 
 
 def completion(text: str, total_tokens: int = 7) -> dict[str, Any]:
@@ -1765,25 +1773,6 @@ async def test_a_defect_is_a_500_whose_traceback_stays_in_the_log():
     assert re.search("Traceback.*RuntimeError: boom", str(logged))
 
 
-@in_module
-async def test_the_checks_come_in_the_order_of_the_contract(shared):
-    body = b"x" * 1_048_577
-    headers = {"Host": "evil.example", "Origin": "http://evil.example", "Authorization": ""}
-    steps: list[tuple[str, dict[str, str], bytes]] = [
-        ("host_not_allowed", {"Host": "localhost"}, body),
-        ("origin_not_allowed", {"Origin": PAGE}, body),
-        ("unauthorized", {"Authorization": f"Bearer {TOKEN}"}, body),
-        ("unsupported_media_type", JSON, body),
-        ("body_too_large", {}, b"x"),
-        ("invalid_json", {}, b"{}"),
-        ("invalid_request", {}, json.dumps(ASK).encode()),
-        ("not_configured", {}, b""),
-    ]
-    for code, better, next_body in steps:
-        problem(await shared.post("/ask", content=body, headers=headers), code)
-        body, headers = next_body, headers | better
-
-
 async def test_a_place_is_wanted_last_and_one_ask_too_many_is_told_to_come_back(start, upstream):
     client = await start(max_concurrent_asks=1)
     upstream.scripts = [Call.hang]
@@ -2969,7 +2958,7 @@ def test_a_block_that_is_skimmed_says_what_its_chunks_say(odd, spaced):
         pieces = skimmed.skim(block)
         if pieces is not None and "error" not in first:
             parsed = [service.parse_chunk(json.dumps(each).encode()) for each in chunks]
-            assert pieces == [piece for each in parsed for piece in folded.add(each)]
+            assert [*pieces] == [piece for each in parsed for piece in folded.add(each)]
             assert vars(skimmed) == vars(folded)
     for part in ("delta", "message"):
         assert service.Completion("m", part).skim(event_of(usual, spaced)) is None, "none has begun"
@@ -2980,7 +2969,8 @@ def test_most_blocks_are_skimmed():
     folded.add(with_delta(content="first"))
     folded.learn_opening(HOLA)
     pieces = folded.skim(b"".join(chunk(text) for text in "Holas"))
-    assert pieces == [("delta", text) for text in "Holas"]
+    assert pieces is not None
+    assert [*pieces] == [("delta", text) for text in "Holas"]
 
 
 EVENT = b'data: {"x":1}\r\n\r\n'
@@ -3172,7 +3162,7 @@ async def test_a_stall_is_one_wait_that_takes_too_long():
     begun = stall.clock()
     with pytest.raises(TimeoutError):
         await wait()
-    assert stall.timeout.expired()
+    assert stall.expired
     assert stall.clock() - begun >= 0.1
 
 
@@ -3186,4 +3176,1915 @@ async def test_short_waits_are_no_stall_however_many_and_no_wait_is_none():
         long_after = asyncio.Event()
         loop.call_later(1, long_after.set)
         await long_after.wait()
-    assert not stall.timeout.expired()
+    assert not stall.expired
+
+
+SECRET = "a secret that has more than 32 bytes"
+OTHER_SECRET = "one that has 32 bytes at the least"
+ADMIN = "admin-of-the-battery"
+ANA = hashlib.sha256(b"ana").hexdigest()
+CHAT = "/v1/chat/completions"
+DAY = 86400
+
+
+def base64url(data: str | bytes) -> str:
+    data = data.encode() if isinstance(data, str) else data
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def signed(claims: str, header: str = '{"alg":"HS256"}', secret: str = SECRET) -> str:
+    """A JSON Web Token of these texts, whatever they are."""
+    parts = f"{base64url(header)}.{base64url(claims)}"
+    return f"{parts}.{base64url(hmac.digest(secret.encode(), parts.encode(), 'sha256'))}"
+
+
+def user_token(**claims: object) -> str:
+    return signed(json.dumps({"sub": "ana", "exp": int(time.time()) + 600, **claims}))
+
+
+def bearer(token: str, **more: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}", **more}
+
+
+def chat(*messages: object, **fields: object) -> dict[str, object]:
+    """A body for CHAT."""
+    return {"messages": [*messages, TURN], **fields}
+
+
+def openai_error(response: Any, status: int, code: str) -> dict[str, Any]:
+    """The error under `/v1`, in the shape of OpenAI's own."""
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (response.status_code, error["code"]) == (status, code)
+    return error
+
+
+def until_midnight() -> float:
+    return DAY - time.time() % DAY
+
+
+# Each combination of tokens, what opens an ask, and what opens the log.
+ANYBODY = "nothing wrong api jwt admin"
+WHO_OPENS_WHAT = {
+    "none": ("", ANYBODY, ANYBODY),
+    "API_TOKEN": ("api", "api", "api"),
+    "JWT_SECRET": ("jwt", "jwt", ""),
+    "ADMIN_TOKEN": ("admin", ANYBODY, "admin"),
+    "API_TOKEN and JWT_SECRET": ("api jwt", "api jwt", "api"),
+    "API_TOKEN and ADMIN_TOKEN": ("api admin", "api", "admin"),
+    "JWT_SECRET and ADMIN_TOKEN": ("jwt admin", "jwt", "admin"),
+    "all three": ("api jwt admin", "api jwt", "admin"),
+}
+
+
+@cases("wanted, asks, operators", WHO_OPENS_WHAT)
+async def test_pages_may_ask_and_only_the_operator_reads_the_log(start, wanted, asks, operators):
+    secrets = {"api": ("api_token", TOKEN), "jwt": ("jwt_secret", SECRET)}
+    secrets |= {"admin": ("admin_token", ADMIN)}
+    client = await start(**dict(secrets[name] for name in wanted.split()))
+    given = {"api": bearer(TOKEN), "jwt": bearer(user_token()), "admin": bearer(ADMIN)}
+    given |= {"nothing": {}, "wrong": bearer("wrong")}
+    for name, headers in given.items():
+        asked = [
+            await client.post("/ask", json=PLAIN, headers=headers),
+            await client.post(CHAT, json=chat(), headers=headers),
+            await client.get("/v1/models", headers=headers),
+        ]
+        read = [await client.get(path, headers=headers) for path in ("/logs", "/metrics")]
+        for responses, opened_by in (asked, asks), (read, operators):
+            for response in responses:
+                assert response.status_code == (200 if name in opened_by.split() else 401)
+        for response in (each for each in (*asked, *read) if each.status_code == 401):
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/status", "/", "/docs", "/redoc", "/openapi.json"):
+            assert (await client.get(path, headers=headers)).status_code == 200
+    document = await load(client, "/openapi.json")
+    secured = {path for path, item in document["paths"].items() if "security" in str(item)}
+    ask_paths = set() if asks == ANYBODY else {"/ask", CHAT, "/v1/models"}
+    assert secured == ask_paths | (set() if operators == ANYBODY else {"/logs", "/metrics"})
+    assert ("securitySchemes" in document["components"]) == bool(secured)
+
+
+NOW = 1_800_000_000.5
+VALID = f'{{"sub":"ana","exp":{NOW + 60}}}'
+# From jwt.io, made by others: only its `exp` is missing.
+WELL_KNOWN = (
+    "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIiwibmFtZSI6IkpvaG4gRG9lIiwi"
+    "aWF0IjoxNTE2MjM5MDIyfQ.SflKxwRJSMeKKF2QT4fwpMeJf36POk6yJV_adQssw5c"
+)
+
+
+def claims(**changed: object) -> str:
+    """VALID, with these claims as JSON texts; None leaves a claim out."""
+    given = {"sub": '"ana"', "exp": NOW + 60, "aud": '"app"', **changed}
+    return ",".join(f'"{name}":{text}' for name, text in given.items() if text).join("{}")
+
+
+@cases(
+    "token, user",
+    {
+        "plain": (signed(claims()), "ana"),
+        "typ, kid": (signed(claims(), '{"typ":"JWT","kid":"1","alg":"HS256"}'), "ana"),
+        "white space": (signed(f" {claims()}\r\n", '{ "alg" : "HS256" }'), "ana"),
+        "other claims": (signed(claims(iss='"login"', iat=NOW + 900, jti='"x"')), "ana"),
+        "exp is a float": (signed(claims(exp=NOW + 0.5)), "ana"),
+        "exp is far ahead": (signed(claims(exp="9" * 400)), "ana"),
+        "exp within the leeway": (signed(claims(exp=NOW - 29)), "ana"),
+        "nbf": (signed(claims(nbf=NOW - 1)), "ana"),
+        "nbf within the leeway": (signed(claims(nbf=NOW + 30)), "ana"),
+        "aud in a list": (signed(claims(aud='["other","app",1]')), "ana"),
+        "sub of 256 characters": (signed(claims(sub=f'"{"é" * 256}"')), "é" * 256),
+        "sub of one character": (signed(claims(sub=r'"\ud83d\ude00"')), "😀"),
+    },
+)
+def test_a_valid_token_tells_its_user(token, user):
+    assert service.verify_jwt(token, SECRET, "app", NOW) == user
+
+
+def test_where_no_audience_is_set_none_is_looked_at():
+    for aud in ('"other"', "[]", "7", None):
+        assert service.verify_jwt(signed(claims(aud=aud)), SECRET, "", NOW) == "ana"
+
+
+def same_bytes(token: str) -> Iterator[str]:
+    """*token* with each other last character whose spare bits change nothing in what it means."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    for spare in (1, 2, 3):
+        other = token[:-1] + letters[letters.index(token[-1]) + spare]
+        decoded = [base64.urlsafe_b64decode(each.split(".")[2] + "=") for each in (token, other)]
+        assert decoded[0] == decoded[1]
+        yield other
+
+
+GOOD = signed(claims())
+HEAD, PAYLOAD, SIGNATURE = GOOD.split(".")
+LOOSE = f"{HEAD}.{PAYLOAD}"
+SPACED = base64url('{"alg": "HS256"}')
+HEADERS = """{} [] "HS256" null {"alg":"none"} {"alg":"RS256"} {"alg":"HS384"} {"alg":"hs256"}
+    {"alg":null} {"alg":["HS256"]} {"alg":256} {"ALG":"HS256"} {"alg":"HS256","crit":["exp"]}
+    {"alg":"HS256","crit":[]} {"alg":"HS256","crit":null}"""
+ODD_CLAIMS = {
+    "exp": f'true null "{NOW + 60:.0f}" [9999999999] {{}} 1e999 -1e999 {NOW - 30} 0 -1',
+    "nbf": f'true null "0" [0] {{}} {NOW + 30.5} 1e999 {"9" * 400}',
+    "aud": 'null [] "" "application" "ap" ["other"] [["app"]] {"app":"app"} 7',
+    "sub": f'"" 5 true null ["ana"] "{"x" * 257}"',
+}
+NO_JSON = ["ana", GOOD, claims()[:-1], f"{claims()}x", claims(exp="NaN"), claims(x="-Infinity")]
+NO_JSON += [claims(sub=half) for half in (r'"\ud83d"', r'"ana\ude00"')]
+NO_JSON += [claims(x=deep) for deep in ("[" * 2900 + "]" * 2900, '{"a":' * 1000)]
+NO_TOKENS = [
+    "",
+    ".",
+    "..",
+    "ana",
+    LOOSE,
+    f"{LOOSE}.",
+    f"{HEAD}..{SIGNATURE}",
+    f".{PAYLOAD}.{SIGNATURE}",
+]
+NO_TOKENS += [
+    f"{GOOD}.",
+    f".{GOOD}",
+    f"{GOOD}.{GOOD}",
+    f"{GOOD}=",
+    f"{HEAD}=.{PAYLOAD}.{SIGNATURE}",
+]
+NO_TOKENS += [f"{HEAD}.{each}{PAYLOAD}.{SIGNATURE}" for each in "+/ \né%="] + [
+    f"{GOOD}\n",
+    f" {GOOD}",
+]
+REFUSED_TOKENS: dict[str, list[str]] = {
+    "header": [signed(claims(), each) for each in HEADERS.split()],
+    "signature": [
+        *same_bytes(GOOD),
+        *(GOOD[:-1], GOOD[:-20], f"{LOOSE}.A", f"{LOOSE}.{SIGNATURE}A"),
+        signed(claims(), secret=OTHER_SECRET),
+        f"{HEAD}.{base64url(claims(sub=5))}.{SIGNATURE}",
+        f"{SPACED}.{PAYLOAD}.{SIGNATURE}",
+    ],
+    "expired": [signed(claims(exp=each)) for each in [None, *ODD_CLAIMS["exp"].split()]],
+    "nbf": [signed(claims(nbf=each)) for each in ODD_CLAIMS["nbf"].split()],
+    "aud": [signed(claims(aud=each)) for each in [None, *ODD_CLAIMS["aud"].split()]],
+    "sub": [signed(claims(sub=each)) for each in [None, *ODD_CLAIMS["sub"].split()]],
+    "object": [signed(each) for each in ("[]", f"[{claims()}]", "null", "7", '"ana"')],
+    "column": [
+        *map(signed, NO_JSON),
+        *(signed(claims(), each) for each in ("HS256", "{'alg':'HS256'}")),
+        f"{HEAD}.{base64url(claims().encode('utf-16'))}.{SIGNATURE}",
+    ],
+    "base64": [f"{HEAD}.A.{SIGNATURE}", f"A.{PAYLOAD}.{SIGNATURE}"],
+    "three parts": [*NO_TOKENS, signed(claims(x=f'"{"x" * 49_000}"'))],
+}
+
+
+@cases("why, tokens", {why: (why, tokens) for why, tokens in REFUSED_TOKENS.items()})
+def test_every_other_token_is_refused_with_a_reason_that_does_not_quote_it(why, tokens):
+    for token in tokens:
+        with pytest.raises(ValueError, match=why) as caught:
+            pytest.fail(f"{token} was taken: {service.verify_jwt(token, SECRET, 'app', NOW)}")
+        assert not any(part in str(caught.value) for part in token.split(".") if len(part) > 3)
+
+
+def test_a_token_of_others_is_read_as_they_meant_it():
+    with pytest.raises(ValueError, match="exp"):
+        service.verify_jwt(WELL_KNOWN, "your-256-bit-secret", "", NOW)
+
+
+async def test_one_401_tells_nothing_and_the_log_tells_why_without_the_token(start, upstream):
+    client = await start(jwt_secret=SECRET, jwt_audience="app", admin_token=ADMIN)
+    tokens = {
+        "three parts": "ana",
+        "header": signed("{}", '{"alg":"none"}'),
+        "signature": signed(claims(), secret=OTHER_SECRET),
+        "exp": user_token(aud="app", exp=int(time.time()) - 60),
+        "nbf": user_token(aud="app", nbf=int(time.time()) + 600),
+        "aud": user_token(aud="other"),
+        "sub": user_token(aud="app", sub=5),
+        "object": signed("[]"),
+        "JSON|line|pad": f"{base64url('no JSON')}.{PAYLOAD}.{SIGNATURE}",
+        "8,192": signed(f'"{"x" * 49_000}"'),
+    }
+    given = [bearer(token) for token in tokens.values()]
+    given += [{}, {"Authorization": "Bearer"}, {"Authorization": f"Basic {user_token(aud='app')}"}]
+    for path in ("/ask", CHAT):
+        answers = []
+        for headers in given:
+            response = await client.post(path, json=ASK, headers={**headers, "X-Request-ID": "a"})
+            kept = {name: text for name, text in response.headers.items() if name != "date"}
+            answers.append((response.status_code, kept, response.content))
+        assert (answers[0][0], answers[0][1]["www-authenticate"]) == (401, "Bearer")
+        assert answers == [answers[0]] * len(given)
+    assert openai_error(response, 401, "unauthorized")["type"] == "authentication_error"
+    client.headers |= bearer(ADMIN)
+    logged = await load(client)
+    found = [event for event in logged if event["message"] == "token refused"]
+    assert {event["level"] for event in found} == {"INFO"}
+    for why, event in zip([*tokens] * 2, found, strict=True):
+        assert re.search(why, event["metadata"]["reason"])
+    parts = [part for token in tokens.values() for part in token.split(".") if len(part) > 8]
+    assert not any(part in json.dumps(logged) for part in parts)
+    assert not upstream.calls
+    assert (await load(client, "/status"))["asks"]["total"] == 0
+
+
+HOSTS = {"api.openai.com": True, "eu.API.OpenAI.com": True, "openai.com": True}
+HOSTS |= {"x.openai.azure.com": False, "openai.com.example": False, "evil-openai.com": False}
+
+
+@cases("host, told", {host: (host, told) for host, told in HOSTS.items()})
+async def test_the_user_is_in_the_log_and_hashed_only_for_openai(start, proxy, host, told):
+    url = f"http://{host}/v1"
+    client = await start(openai_base_url=url, jwt_secret=SECRET, api_token=TOKEN, admin_token=ADMIN)
+    own: dict[str, Any] = {"safety_identifier": "of my own"}
+    for headers in (bearer(user_token()), bearer(TOKEN)):
+        for path, body in ("/ask", ASK), (CHAT, chat()), (CHAT, chat(stream=True, **own)):
+            assert (await client.post(path, json=body, headers=headers)).status_code == 200
+    sent = [call.body.get("safety_identifier") for call in proxy.calls]
+    mine = "of my own"
+    assert sent == ([ANA] * 3 if told else [None, None, mine]) + [None, None, mine]
+    assert "ana" not in [text for call in proxy.calls for text in str(call.body).split("'")]
+    client.headers |= bearer(ADMIN)
+    users = [event["metadata"].get("user") for event in await closings(client, 6)]
+    assert users == ["ana"] * 3 + [None] * 3
+
+
+@pytest.mark.parametrize("now", [0.0, 123.4, 1e6])
+@pytest.mark.parametrize("per_minute", [1, 7, 60, 600])
+def test_a_minute_s_asks_may_come_at_once_and_come_back_evenly(per_minute, now):
+    limiter = service.RateLimiter(per_minute)
+    interval = 60 / per_minute
+    for _ in range(per_minute):
+        assert limiter.wait("ana", now) == 0
+        limiter.take("ana", now)
+    wait = limiter.wait("ana", now)
+    assert 0 <= wait - interval < 1, "the seconds to the next, rounded up"
+    assert limiter.wait("bob", now) == 0
+    assert limiter.wait("ana", now + interval - 0.001) == 1
+    for _ in range(3):  # one for each interval that has passed, and no more
+        now += interval
+        assert limiter.wait("ana", now) == 0
+        limiter.take("ana", now)
+        assert limiter.wait("ana", now) == wait
+    now += 2.5 * interval
+    for _ in range(min(2, per_minute)):
+        assert limiter.wait("ana", now) == 0
+        limiter.take("ana", now)
+    assert limiter.wait("ana", now) > 0
+    now += 3600  # which saves up no more than a minute's worth
+    for _ in range(per_minute):
+        assert limiter.wait("ana", now) == 0
+        limiter.take("ana", now)
+    assert limiter.wait("ana", now) > 0
+
+
+def test_to_ask_in_vain_costs_nothing():
+    limiter = service.RateLimiter(2)
+    for _ in range(2):
+        limiter.take("ana", 0)
+    waits = {0: 30, 1: 29, 1.5: 29, 29: 1, 29.9: 1, 30: 0}
+    for second, wait in waits.items():
+        assert [limiter.wait("ana", second) for _ in range(3)] == [wait] * 3
+
+
+def test_no_limit_keeps_nothing_and_a_limit_keeps_the_10_000_latest_callers():
+    limiters = [service.RateLimiter(per_minute) for per_minute in (0, 1)]
+    for limiter, number in itertools.product(limiters, [*range(10_000), 0, 10_000]):
+        limiter.take(f"caller {number}", 0)
+    free, limited = limiters
+    assert (free.wait("caller 0", 0), len(free.whole_at)) == (0, 0)
+    assert len(limited.whole_at) == 10_000
+    waits = [limited.wait(f"caller {number}", 0) for number in (0, 1, 2, 9_999, 10_000)]
+    assert waits == [120, 0, 60, 60, 60], "whose last ask is the longest ago is forgotten"
+
+
+async def test_one_ask_too_many_is_told_when_to_come_back(start, upstream):
+    client = await start(rate_limit=2, heartbeat_seconds=0.1)
+    assert [(await client.post("/ask", json=each)).status_code for each in (ASK, PLAIN)] == [
+        200
+    ] * 2
+    for body in (ASK, PLAIN):
+        response = await client.post("/ask", json=body, headers={"Origin": PAGE})
+        problem(response, "too_many_asks")
+        assert response.status_code == 429
+        assert 1 <= int(response.headers["retry-after"]) <= 30
+    for body in (chat(), chat(stream=True)):
+        response = await client.post(CHAT, json=body)
+        assert openai_error(response, 429, "too_many_asks")["type"] == "rate_limit_error"
+        assert 1 <= int(response.headers["retry-after"]) <= 30
+    for path in ("/status", "/logs", "/v1/models"):
+        assert (await client.get(path)).status_code == 200
+    assert len(upstream.calls) == 3, "two asks and the probe of /status"
+    assert len(await closings(client, 2)) == 2
+    assert (await load(client, "/status"))["asks"]["total"] == 2
+
+
+async def test_what_is_refused_early_costs_none_of_the_later_checks(start, upstream):
+    scripts = (replies(400), stream(HOLA, Call.hang), answer)
+    client = await start(
+        *scripts, api_token=TOKEN, rate_limit=3, daily_tokens=7, max_concurrent_asks=1
+    )
+    client.headers |= bearer(TOKEN)
+    worse: list[tuple[int, str, Any, dict[str, str]]] = [
+        (400, "/ask", ASK, {"Host": "evil.example"}),
+        (403, "/ask", ASK, {"Origin": "http://evil.example"}),
+        (401, "/ask", ASK, {"Authorization": "Bearer x"}),
+        (415, "/ask", ASK, {"Content-Type": "text/plain"}),
+        (413, "/ask", {"prompt": "x" * 2**20}, {}),
+        (400, "/ask", [], {}),
+        (422, "/ask", {}, {}),
+        (422, CHAT, {}, {}),
+        (404, CHAT, chat(model="other"), {}),
+        (404, "/nothing", ASK, {}),
+    ]
+    for status, path, body, headers in worse:
+        response = await client.post(path, json=body, headers=headers)
+        assert response.status_code == status
+    assert not upstream.calls
+    # What the model refuses has cost one of three, and no token.
+    problem(await client.post("/ask", json=ASK), "upstream_rejected")
+    async with client.stream("POST", "/ask", json=ASK) as response:
+        assert response.status_code == 200
+        for _ in range(3):
+            problem(await client.post("/ask", json=ASK), "overloaded")
+    await closings(client, 2)
+    assert (await client.post("/ask", json=ASK)).status_code == 200
+    problem(await client.post("/ask", json=ASK), "too_many_asks")
+
+
+ADDRESSES = {
+    "another": ("192.0.2.1", "192.0.2.2", False),
+    "the same": ("192.0.2.1", "192.0.2.1", True),
+    "with a port": ("192.0.2.1:1111", "192.0.2.1:2222", True),
+    "mapped": ("192.0.2.1", "::ffff:192.0.2.1", True),
+    "mapped, another": ("::FFFF:192.0.2.1", "::ffff:c000:202", False),
+    "one /64": ("2001:db8:1:2:3:4:5:6", "2001:DB8:1:2::", True),
+    "another /64": ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
+    "with a zone": ("fe80::1%eth0", "fe80::2", True),
+    "a caller's own words": ("192.0.2.9, 192.0.2.1", "2001:db8::9, 192.0.2.1", True),
+    "none but the proxy": ("", "", True),
+    "no address": ("unknown", "_hidden", False),
+    "no address, without end": ("x" * 9999, "x" * 9998, True),
+}
+
+
+@cases("first, second, same", ADDRESSES)
+async def test_a_caller_without_a_user_is_an_address(start, first, second, same):
+    client = await start(rate_limit=1)
+    asked = []
+    for forwarded in (first, second):
+        headers = {"X-Forwarded-For": forwarded} if forwarded else {}
+        asked.append((await client.post("/ask", json=PLAIN, headers=headers)).status_code)
+    assert asked == [200, 429 if same else 200]
+
+
+async def test_a_user_is_one_caller_at_any_address_and_a_shared_token_is_none(start):
+    client = await start(rate_limit=1, jwt_secret=SECRET, api_token=TOKEN)
+    steps = [
+        (user_token(), "192.0.2.1", 200),
+        (user_token(iat=1), "192.0.2.2", 429),
+        (user_token(sub="bob"), "192.0.2.1", 200),
+        (user_token(sub="address 192.0.2.1"), "192.0.2.3", 200),
+        (TOKEN, "192.0.2.1", 200),
+        (TOKEN, "192.0.2.1", 429),
+        (TOKEN, "192.0.2.2", 200),
+    ]
+    for token, address, status in steps:
+        headers = bearer(token, **{"X-Forwarded-For": address})
+        assert (await client.post("/ask", json=PLAIN, headers=headers)).status_code == status
+
+
+@pytest.mark.parametrize("command", [(SERVICE,), UVICORN], ids=["python", "uvicorn"])
+async def test_both_ways_to_start_it_believe_the_same_proxies(tmp_path, command):
+    async def asked(**env: str) -> list[int]:
+        env |= {"OPENAI_API_KEY": "demo", "RATE_LIMIT": "1", "API_PORT": "0"}
+        async with launched(*command, cwd=tmp_path, **env) as running:
+            forwarded = ("192.0.2.1", "192.0.2.2", "192.0.2.1")
+            headers = [{"X-Forwarded-For": each} for each in forwarded]
+            post = running.client.post
+            return [(await post("/ask", json=PLAIN, headers=each)).status_code for each in headers]
+
+    both = await asyncio.gather(asked(), asked(FORWARDED_ALLOW_IPS="192.0.2.9"))
+    assert [*both] == [[200, 200, 429], [200, 429, 429]]
+
+
+@cases(
+    "limit, steps",
+    {
+        # A step is a time, the tokens then spent, and what an ask afterwards has to wait.
+        "no limit": (0, [(0, 10**12, 0), (DAY - 1, 1, 0)]),
+        "below": (10, [(5, 4, 0), (6, 5, 0)]),
+        "at": (10, [(5, 4, 0), (6, 6, DAY - 6)]),
+        "above": (10, [(100.5, 10**12, DAY - 100)]),
+        "rounded up": (1, [(DAY - 0.5, 1, 1), (DAY - 0.001, 0, 1)]),
+        "midnight": (10, [(DAY - 1, 10, 1), (DAY, 0, 0), (DAY, 9, 0), (DAY + 1, 1, DAY - 1)]),
+        "midnight, without an ask": (10, [(DAY - 1, 9, 0), (DAY, 9, 0), (DAY, 1, DAY)]),
+        "days later": (
+            10,
+            [(DAY + 1, 10, DAY - 1), (9 * DAY + 2, 3, 0), (9 * DAY + 2, 7, DAY - 2)],
+        ),
+        "16:00 UTC": (10, [(1_764_000_000, 10, 8 * 3600)]),
+    },
+)
+def test_a_budget_is_a_day_s_by_utc(limit, steps):
+    budget = service.DailyBudget(limit)
+    for now, tokens, wait in steps:
+        budget.spend(tokens, now)
+        assert budget.wait(now) == wait
+    assert budget.wait((now // DAY + 1) * DAY) == 0
+
+
+@cases(
+    "script, ask, used",
+    {
+        "told": (answer, ASK, 7),
+        "told, plain": (replies(200, completion("Hola", 9)), PLAIN, 9),
+        "told before a cut": (stream(HOLA, FINISH, Call.close), ASK, 7),
+        "none told": (stream(HOLA, DONE, Call.end), ASK, 2),
+        "none told, plain": (
+            replies(200, {"choices": [{"message": {"content": "Hola!"}}]}),
+            {**PLAIN, "history": [TURN]},
+            4,
+        ),
+        "no figure": (
+            replies(200, completion("Hola") | {"usage": {"total_tokens": True}}),
+            PLAIN,
+            2,
+        ),
+        "reasoning": (
+            stream(
+                b'data: {"choices":[{"delta":{"reasoning_content":"Hmmmmmm."}}]}\n\n',
+                HOLA + DONE,
+                Call.end,
+            ),
+            ASK,
+            4,
+        ),
+        "cut": (stream(HOLA, Call.close), ASK, 2),
+        "closed unanswered": (Call.close, ASK, 1),
+        "silent": (Call.hang, ASK, 1),
+        "no JSON": (replies(200, b"<html>"), PLAIN, 1),
+        "refused": (replies(400), ASK, 0),
+        "refused, key": (replies(401), PLAIN, 0),
+        "refused, busy": (replies(429), ASK, 0),
+        "failed": (replies(500), PLAIN, 0),
+    },
+)
+@pytest.mark.parametrize("path", ["/ask", CHAT])
+async def test_an_ask_spends_what_the_model_told_or_an_estimate(start, path, script, ask, used):
+    own = {"openai_timeout": 0.2 if script is Call.hang else 60, "openai_max_retries": 0}
+    client = await start(script, daily_tokens=1, **own)
+    body: dict[str, Any] = ask
+    if path == CHAT:
+        turns = [*ask.get("history", []), TURN]
+        body = {"messages": turns, "stream": ask.get("stream", True)}
+    await client.post(path, json=body)
+    await closings(client)
+    spent = [event["metadata"].get("used") for event in await load(client, "/logs?level=WARNING")]
+    assert spent == [used] * bool(used)
+    following = await client.post("/ask", json=PLAIN)
+    assert ("budget_exhausted" in following.text) == bool(used)
+
+
+async def test_an_ask_that_was_left_spends_an_estimate(start, upstream):
+    client = await start(stream(HOLA, Call.hang), daily_tokens=2, system_prompt="Be brief.")
+    async with asking(client) as wire:
+        await wire.write()
+    await closings(client)
+    warning, closing = await load(client, "/logs?level=WARNING")
+    assert closing["message"] == "ask cancelled"
+    assert warning["metadata"]["used"] == 5, "a token for four of 17 characters"
+
+
+async def test_what_never_reached_the_model_spends_nothing(start):
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unheard.getsockname()[1]}/v1"
+        client = await start(openai_base_url=url, daily_tokens=1, openai_max_retries=0)
+        for _ in range(2):
+            problem(await client.post("/ask", json=ASK), "upstream_unreachable")
+
+
+async def test_an_exhausted_budget_is_warned_about_once_and_lasts_until_midnight(start, upstream):
+    client = await start(stream(HOLA, Call.hang), answer, daily_tokens=7, rate_limit=3)
+    async with asking(client) as wire:
+        await wire.write()
+        assert (await client.post("/ask", json=ASK)).status_code == 200
+        response = await client.post("/ask", json=ASK)
+        problem(response, "budget_exhausted")
+        left = until_midnight()
+        assert left <= int(response.headers["retry-after"]) <= left + 20
+        refusal = await client.post(CHAT, json=chat())
+        assert openai_error(refusal, 429, "budget_exhausted")["type"] == "rate_limit_error"
+        problem(await client.post("/ask", json={}), "invalid_request")
+    assert len(await closings(client, 2)) == 2
+    logged = await load(client, "/logs?level=WARNING")
+    assert [event["message"] for event in logged] == ["budget exhausted", "ask cancelled"]
+    assert logged[0]["metadata"] == {"daily_tokens": 7, "used": 7, "request_id": ANY}
+    assert (await load(client, "/status"))["asks"]["total"] == 2
+    # Neither of these two refusals has cost one of the three asks a minute.
+    others = [await client.post("/ask", json=ASK) for _ in range(3)]
+    assert {each.json()["code"] for each in others} == {"budget_exhausted"}
+
+
+def test_rate_budget_and_place_are_looked_at_in_this_order_and_taken_together():
+    admission = service.Admission(Settings(rate_limit=1, daily_tokens=1, max_concurrent_asks=1))
+    caller = service.Caller("ana")
+
+    def code() -> str:
+        with pytest.raises(service.Failure) as caught:
+            admission.admit(caller)
+        return caught.value.code
+
+    admission.budget.spend(1, time.time())
+    admission.asks.active = 1
+    assert [code(), code()] == ["budget_exhausted"] * 2
+    admission.budget.used = 0
+    assert [code(), code()] == ["overloaded"] * 2
+    admission.asks.active = 0
+    admission.admit(caller)
+    assert (admission.asks.active, admission.asks.total) == (1, 1)
+    admission.budget.spend(1, time.time())
+    assert [code(), code()] == ["too_many_asks"] * 2
+    assert (admission.asks.active, admission.asks.total) == (1, 1)
+
+
+PATHS = pytest.mark.parametrize("path", ["/ask", CHAT])
+
+
+def body_for(path: str, **fields: object) -> dict[str, object]:
+    """An ask for *path* with further *fields*."""
+    return {**PLAIN, **fields} if path == "/ask" else chat(**fields)
+
+
+def wrong_field(response: Any, path: str) -> str:
+    """The one field that is wrong."""
+    if path == "/ask":
+        (error,) = problem(response, "invalid_request")["errors"]
+        return str(error["field"])
+    return str(openai_error(response, 422, "invalid_request")["param"])
+
+
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+async def test_the_operators_prompt_goes_first(start, upstream):
+    client = await start(system_prompt="Be brief.")
+    turns = [TURN, {"role": "assistant", "content": "Sí."}]
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    calls += [{"role": "tool", "content": "5", "tool_call_id": "1"}]
+    await client.post("/ask", json=PLAIN)
+    await client.post("/ask", json={**ASK, "history": turns})
+    await client.post(CHAT, json=chat(*turns, *calls, {"role": "user", "content": [], "name": "a"}))
+    named = {"role": "user", "content": [], "name": "a"}
+    assert [call.body["messages"] for call in upstream.calls] == [
+        [BRIEF, TURN],
+        [BRIEF, *turns, TURN],
+        [BRIEF, *turns, *calls, named, TURN],
+    ]
+
+
+async def test_where_the_operator_has_a_prompt_callers_send_none_of_its_kind(start, upstream):
+    client = await start(system_prompt="Be brief.")
+    roles: list[Any] = ["system", "developer", "System", "system ", "", "sys", None, 5, ["user"]]
+    turns = [{"role": role, "content": "Ha!"} for role in roles] + [{"content": "Ha!"}]
+    for turn in turns:
+        response = await client.post("/ask", json={**ASK, "history": [TURN, turn]})
+        assert wrong_field(response, "/ask") == "history.1.role"
+        for streamed in (True, False):
+            response = await client.post(CHAT, json=chat(TURN, turn, stream=streamed))
+            assert wrong_field(response, CHAT) == "messages.1.role"
+    assert not upstream.calls
+    free = await start()
+    for turn in ({"role": "system", "content": "Ha!"}, {"role": "developer", "content": "Ha!"}):
+        assert (await free.post(CHAT, json=chat(turn))).status_code == 200
+        assert upstream.calls[-1].body["messages"] == [turn, TURN]
+
+
+@cases(
+    "path, fields, sent",
+    {
+        "none": ("/ask", {}, 100),
+        "less": ("/ask", {OLD: 5}, 5),
+        "5.0": ("/ask", {OLD: 5.0}, 5),
+        "the bound": ("/ask", {OLD: 100}, 100),
+        "/v1, none": (CHAT, {}, 100),
+        "/v1, null": (CHAT, {OLD: None}, 100),
+        "/v1, twice null": (CHAT, {OLD: None, NEW: None, "n": None}, 100),
+        "/v1, null and less": (CHAT, {OLD: None, NEW: 5}, 5),
+        "/v1, less": (CHAT, {OLD: 5, "n": 1}, 5),
+        "/v1, new name": (CHAT, {NEW: 5.0, "n": 1.0}, 5),
+        "/v1, both names": (CHAT, {OLD: 7, NEW: 5}, 5),
+        "/v1, a stream": (CHAT, {"stream": True}, 100),
+    },
+)
+@pytest.mark.parametrize("name", [OLD, NEW])
+async def test_no_more_output_is_asked_for_than_the_operator_allows(
+    start, proxy, name, path, fields, sent
+):
+    url = "http://api.openai.com/v1" if name == NEW else proxy.url
+    client = await start(openai_base_url=url, max_output_tokens=100)
+    assert (await client.post(path, json=body_for(path, **fields))).status_code == 200
+    (call,) = proxy.calls
+    assert {each: call.body[each] for each in (OLD, NEW) if each in call.body} == {name: sent}
+    assert type(call.body[name]) is int
+
+
+TOO_MUCH: dict[str, list[Any]] = {"more": [101, 101.0, 1e9, 10**30], "text": ["5", "", "x"]}
+TOO_MUCH |= {"none": [0, -1, -0.0], "odd": [2.5, 100.5, True, [5], {}]}
+
+
+@cases("values", TOO_MUCH)
+async def test_the_bound_on_output_cannot_be_got_round(start, upstream, values):
+    client = await start(max_output_tokens=100)
+    for value in values:
+        for path, name in ("/ask", OLD), (CHAT, OLD), (CHAT, NEW), (CHAT, "n"):
+            fields = {name: value} if name == "n" else {OLD: 5, NEW: 5, name: value}
+            fields = {OLD: value} if path == "/ask" else fields
+            assert wrong_field(await client.post(path, json=body_for(path, **fields)), path) == name
+    for path, name in ("/ask", OLD), (CHAT, OLD), (CHAT, NEW):
+        body = json.dumps(body_for(path, **{name: 5})).replace(": 5", ": 1e999")
+        response = await client.post(path, content=body, headers=JSON)
+        assert wrong_field(response, path) == name
+    response = await client.post(CHAT, json=chat(n=2))
+    assert wrong_field(response, CHAT) == "n"
+    assert wrong_field(await client.post("/ask", json={**ASK, OLD: None}), "/ask") == OLD
+    assert not upstream.calls
+
+
+async def test_without_a_bound_none_is_sent_but_the_callers_own(start, upstream):
+    client = await start()
+    for path in ("/ask", CHAT):
+        await client.post(path, json=body_for(path))
+        await client.post(path, json=body_for(path, **{OLD: 10**9}))
+    await client.post(CHAT, json=chat(n=2, **{OLD: None, NEW: 10**9}))
+    sent = [{name: call.body.get(name) for name in (OLD, NEW)} for call in upstream.calls]
+    assert [each[OLD] for each in sent] == [None, 10**9] * 2 + [10**9]
+    assert not any(each[NEW] for each in sent)
+    assert upstream.calls[-1].body["n"] == 2
+
+
+@PATHS
+@pytest.mark.parametrize("name", [OLD, NEW])
+async def test_the_operators_body_goes_over_everything(start, upstream, name, path):
+    extra = {name: 50, HEAT: 1, "metadata": {"a": 1}, "n": 1, "safety_identifier": "page"}
+    client = await start(openai_extra_body=extra, max_output_tokens=100)
+    own: dict[str, Any] = {HEAT: 0.5, OLD: 5}
+    if path == CHAT:
+        own |= {NEW: 5, "metadata": {"b": 2}, "safety_identifier": "mine", "top_p": 1}
+    for streamed in (True, False):
+        response = await client.post(path, json=body_for(path, **own, stream=streamed))
+        assert "ignored" not in response.text
+    messages = [{"role": "user", "content": "Hola"}]
+    expected = {**extra, "model": "gpt-5.4-mini", "messages": messages}
+    if path == CHAT:
+        expected["top_p"] = 1
+    options = {"stream_options": {"include_usage": True}}
+    assert [call.body for call in upstream.calls] == [
+        {**expected, "stream": True, **options},
+        {**expected, "stream": False},
+    ]
+
+
+async def test_what_the_model_refuses_of_the_operators_body_is_handed_on(start, upstream):
+    client = await start(
+        *(replies(400, refused(each)) for each in (ONLY_ONE, USE_NEW)),
+        answer,
+        openai_extra_body={HEAT: 1, OLD: 50},
+    )
+    for _ in range(2):
+        problem(await client.post("/ask", json=PLAIN), "upstream_rejected")
+    assert (await client.post("/ask", json=PLAIN)).status_code == 200
+    first, *others = [call.body for call in upstream.calls]
+    assert others == [first] * 2
+    assert (first[HEAT], first[OLD]) == (1, 50)
+
+
+async def test_what_a_model_refuses_is_remembered_for_that_model_alone(start, upstream):
+    async def picky(call: Call) -> None:
+        wrong = {HEAT: ONLY_ONE, OLD: USE_NEW}
+        found = [text for name, text in wrong.items() if name in call.body]
+        picky = call.body["model"] == "picky"
+        await (replies(400, refused(found[0])) if picky and found else answer)(call)
+
+    client = await start(picky, openai_models=("picky",), openai_model="easy")
+    own = {HEAT: 0.5, OLD: 9}
+    calls = []
+    for path, model in itertools.product(("/ask", CHAT), ("picky", "easy")):
+        before = len(upstream.calls)
+        response = await client.post(path, json=body_for(path, model=model, **own))
+        assert response.status_code == 200
+        assert ("ignored" in response.text) == ((path, model) == ("/ask", "picky"))
+        body = upstream.calls[-1].body
+        fields = {name: body[name] for name in (HEAT, OLD, NEW) if name in body}
+        calls.append((len(upstream.calls) - before, body["model"], fields))
+    adapted = {NEW: 9}
+    assert calls == [
+        (3, "picky", adapted),
+        (1, "easy", own),
+        (1, "picky", adapted),
+        (1, "easy", own),
+    ]
+    warned = [event["metadata"] for event in await load(client, "/logs?level=WARNING")]
+    assert {(each["model"], each["field"]) for each in warned} == {("picky", HEAT), ("picky", OLD)}
+    ignored = [event["metadata"].get("ignored") for event in await closings(client, 4)]
+    assert ignored == [[HEAT], None, [HEAT], None]
+
+
+async def test_requests_name_only_the_operators_models(start, upstream):
+    client = await start(openai_model="one", openai_models=("two", "ns/three:1b", "one"))
+    listed = await load(client, "/v1/models")
+    assert [each["id"] for each in listed["data"]] == ["one", "two", "ns/three:1b"]
+    for path in ("/ask", CHAT):
+        for named in ({}, {"model": "one"}, {"model": "two"}, {"model": "ns/three:1b"}):
+            assert (await client.post(path, json=body_for(path, **named))).status_code == 200
+            assert upstream.calls.pop().body["model"] == named.get("model", "one")
+    values: list[Any] = ["three", "Two", "two ", "", "x" * 9999, "gpt-5.4-mini"]
+    for value in [*values, 5, True, ["two"], {}]:
+        response = await client.post("/ask", json=body_for("/ask", model=value))
+        assert wrong_field(response, "/ask") == "model"
+        response = await client.post(CHAT, json=chat(model=value))
+        status, code = (404, "model_not_found") if value in values else (422, "invalid_request")
+        assert openai_error(response, status, code)["param"] == "model"
+    assert not upstream.calls
+
+
+@PATHS
+async def test_the_demo_model_answers_for_every_model(start, path):
+    client = await start(openai_api_key="demo", openai_models=("two",))
+    response = await client.post(path, json=body_for(path, model="two", max_tokens=1))
+    assert response.json()["model"] == "demo"
+
+
+async def test_the_checks_come_one_after_another_in_the_order_of_the_contract(start, upstream):
+    limits = {"api_token": TOKEN, "rate_limit": 1, "daily_tokens": 1}
+    keyless, keyed = [await start(openai_api_key=key, **limits) for key in ("", KEY)]
+    body = b"x" * 1_048_577
+    headers = {"Host": "evil.example", "Origin": "http://evil.example", "Authorization": ""}
+    headers["X-Forwarded-For"] = "192.0.2.1"
+    right = json.dumps(ASK).encode()
+    steps: list[tuple[Client, str, dict[str, str], bytes]] = [
+        (keyless, "host_not_allowed", {"Host": "localhost"}, body),
+        (keyless, "origin_not_allowed", {"Origin": PAGE}, body),
+        (keyless, "unauthorized", bearer(TOKEN), body),
+        (keyless, "unsupported_media_type", JSON, body),
+        (keyless, "body_too_large", {}, b"x"),
+        (keyless, "invalid_json", {}, b"{}"),
+        (keyless, "invalid_request", {}, right),
+        (keyless, "not_configured", {}, right),
+        (keyed, "", {}, right),
+        (keyed, "too_many_asks", {"X-Forwarded-For": "192.0.2.2"}, right),
+        (keyed, "budget_exhausted", {}, right),
+    ]
+    for each, code, better, next_body in steps:
+        response = await each.post("/ask", content=body, headers=headers)
+        if code:
+            problem(response, code)
+        else:
+            assert response.status_code == 200
+        body, headers = next_body, headers | better
+    # That a place is looked at last no wire can show: what exhausts a budget frees a place.
+
+
+OWN = ("model", "messages", "stream", "stream_options")
+WRONG_VALUES: dict[str, list[str]] = {
+    "OPENAI_MODELS": ["a b", "gpt-\u00e9", "x" * 257, "a,b c"],
+    "OPENAI_EXTRA_BODY": ['{"secret"', "secret", "[]", "null", '"secret"']
+    + [f'{{"secret": {each}}}' for each in ("NaN", "1e999", r'"\ud83d"', "[" * 9999)]
+    + [f'{{"{name}": 1}}' for name in OWN],
+    "SYSTEM_PROMPT": ["secret \udcff"],
+    "MAX_OUTPUT_TOKENS": ["0", "-1", "1.5", "many", "1e3", "1_000", "1000000001", "9" * 9999],
+    "API_TOKEN": ["t\u00f6ken-secret", "a secret"],
+    "JWT_SECRET": ["secret", "secret" + "x" * 25, "\udcff secret of more than thirty-two bytes"],
+    "JWT_AUDIENCE": ["app \udcff"],
+    "ADMIN_TOKEN": ["t\u00f6ken-secret", "a secret"],
+    "RATE_LIMIT": ["-1", "1.5", "0.5", "ten", "1000001", "+1", "\u0661"],
+    "DAILY_TOKENS": ["-1", "1e6", "1.0", "lots", "9" * 16, "1 000"],
+}
+
+
+@cases("name, texts", {name: (name, texts) for name, texts in WRONG_VALUES.items()})
+def test_a_wrong_value_is_one_line_that_shows_no_secret(name, texts):
+    for text in texts:
+        with pytest.raises(ConfigError) as caught:
+            pytest.fail(f"{text} was taken: {Settings.from_env({name: text})}")
+        line = str(caught.value)
+        assert re.fullmatch(rf"{name}: [ -~]{{1,300}}", line)
+        assert "secret" not in line
+
+
+async def test_each_wrong_setting_of_the_callers_stops_the_start_with_one_line(tmp_path):
+    wrong = {name: texts[0] for name, texts in WRONG_VALUES.items()}
+    ways = [(SERVICE,), UVICORN]
+    for code, out, lines in [await finished(*way, cwd=tmp_path, **wrong) for way in ways]:
+        assert (code, out) == (2, "")
+        assert [line.partition(":")[0] for line in lines] == [*WRONG_VALUES]
+        assert "secret" not in str(lines)
+
+
+def test_values_at_the_bounds_are_taken():
+    texts = {
+        "OPENAI_MODELS": " two ,, ns/three:1b,",
+        "OPENAI_EXTRA_BODY": '{"a": {"b": [1, null]}}',
+        "SYSTEM_PROMPT": " Be brief,\nplease. ",
+        "MAX_OUTPUT_TOKENS": "1",
+        "JWT_SECRET": "é" * 16,
+        "RATE_LIMIT": "0",
+        "DAILY_TOKENS": "0",
+    }
+    settings = Settings.from_env(texts)
+    assert settings.models == ("gpt-5.4-mini", "two", "ns/three:1b")
+    assert settings.openai_extra_body == {"a": {"b": [1, None]}}
+    assert settings.system_prompt == "Be brief,\nplease."
+    assert (settings.max_output_tokens, settings.rate_limit, settings.daily_tokens) == (1, 0, 0)
+    assert settings.jwt_secret == "é" * 16
+
+
+async def test_neither_a_repr_nor_a_log_shows_a_secret(capsys, start):
+    secrets = {"api_token": TOKEN, "jwt_secret": SECRET, "admin_token": ADMIN}
+    hidden = {"system_prompt": "SAY NOTHING", "openai_extra_body": {"user": "HIDDEN"}}
+    settings: dict[str, Any] = {**secrets, **hidden}
+    shown = repr(Settings(**settings, openai_api_key=KEY))
+    client = await start(**settings)
+    token = user_token()
+    structlog.get_logger().error("told", texts=[*secrets.values(), token], inner={"x": token})
+    assert (await client.post("/ask", json=ASK, headers=bearer(token))).status_code == 200
+    client.headers |= bearer(ADMIN)
+    logged = await load(client)
+    shown += json.dumps(logged, ensure_ascii=False) + capsys.readouterr().out
+    for secret in (*secrets.values(), KEY, token, token.split(".")[2], "SAY NOTHING", "HIDDEN"):
+        assert secret not in shown
+    assert "told" in shown
+
+
+async def test_a_public_address_without_a_token_for_asks_is_warned_about(tmp_path):
+    async def warned(host: str, **env: str) -> bool:
+        env |= {"OPENAI_API_KEY": KEY, "API_HOST": host, "API_PORT": "0"}
+        async with launched(SERVICE, cwd=tmp_path, **env) as running:
+            await running.read("(startup complete)")
+            running.process.send_signal(signal.SIGTERM)
+            await running.ended()
+            return "anyone who can reach this address may ask" in running.output
+
+    found = await asyncio.gather(
+        warned("0.0.0.0"),
+        warned("0.0.0.0", ADMIN_TOKEN=ADMIN),
+        warned("0.0.0.0", API_TOKEN=TOKEN),
+        warned("0.0.0.0", JWT_SECRET=SECRET),
+        warned("127.0.0.2"),
+    )
+    assert [*found] == [True, True, False, False, False]
+
+
+async def test_the_document_shows_the_operators_bounds(start):
+    def schema(name: str, document: Any) -> Any:
+        return document["components"]["schemas"][name]["properties"]
+
+    bounds = {"openai_models": ("two",), "max_output_tokens": 100, "system_prompt": "Be brief."}
+    free, bound = [await load(await start(**each), "/openapi.json") for each in ({}, bounds)]
+    for document, most, models in (free, None, 1), (bound, 100, 2):
+        asked, chatted = schema("Ask", document), schema("ChatCompletionRequest", document)
+        assert asked["max_tokens"].get("maximum") == most
+        assert len(asked["model"].get("enum", ["const"])) == models
+        assert ("system" in schema("Turn", document)["role"]["enum"]) is (most is None)
+        assert ("maximum" in str(chatted.get(NEW))) is (most is not None)
+
+
+AS_TEXT = {"Accept": "text/plain"}
+HI: list[Any] = [{"role": "user", "content": "Hola"}]
+BODY = {"model": "gpt-5.4-mini", "messages": HI}
+STREAMED = {**BODY, "stream": True}
+STOP = chunk(finish_reason="stop")
+USAGE = FINISH.removeprefix(STOP)
+
+
+def piece(finish_reason: str | None = None, index: int = 0, **part: object) -> bytes:
+    """One upstream event with this *part* of an answer in its delta."""
+    choice = {"index": index, "delta": part, "finish_reason": finish_reason}
+    return b"data: %b\n\n" % json.dumps({"model": "gpt-real", "choices": [choice]}).encode()
+
+
+def message(**part: object) -> dict[str, Any]:
+    """A plain answer of the upstream with this *part* in its message."""
+    choice = {"index": 0, "message": part, "finish_reason": "stop"}
+    return {"model": "gpt-real", "choices": [choice], "usage": {"total_tokens": 7}}
+
+
+@asynccontextmanager
+async def posting(client: Client, path: str, body: object, *fields: str) -> AsyncIterator[Wire]:
+    """A request under way on a bare socket; its client leaves at the end of the block."""
+    data = json.dumps(body)
+    lines = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json"]
+    lines += [f"content-length: {len(data)}", *fields, "", data]
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write("\r\n".join(lines).encode())
+    try:
+        yield Wire(reader, writer)
+    finally:
+        writer.close()
+
+
+@asynccontextmanager
+async def library(client: Client, key: str = "any") -> AsyncIterator[AsyncOpenAI]:
+    """OpenAI's own client, before the service of *client*."""
+    url = str(client.base_url.join("/v1"))
+    async with AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=10) as ai:
+        yield ai
+
+
+async def test_text_leaves_piece_by_piece_as_it_comes(start):
+    go = asyncio.Event()
+    steps = (chunk("Ho") + chunk("la"), lambda _: go.wait(), chunk(" 😀\u2028\n"), FINISH + DONE)
+    client = await start(stream(*steps, Call.end))
+    async with posting(client, "/ask", ASK, "accept: text/plain") as wire:
+        assert await wire.write() == b"Hola"
+        go.set()
+        assert b"".join(await wire.rest()) == " 😀\u2028\n".encode()
+    assert {
+        "content-type: text/plain; charset=utf-8",
+        "cache-control: no-cache, no-transform",
+        "x-accel-buffering: no",
+    } < {*wire.head.splitlines()}
+
+
+async def test_a_plain_ask_as_text_is_answered_at_once(start, upstream):
+    response = await (await start()).post("/ask", json=PLAIN, headers=AS_TEXT)
+    assert (response.status_code, response.content) == (200, b"Hola")
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    assert response.headers["content-length"] == "4"
+    assert upstream.calls[0].body["stream"] is False
+
+
+@cases(
+    "accept, kind",
+    {
+        "text": ("text/plain", "text/plain; charset=utf-8"),
+        "with parameters": ("text/plain;q=0.9; charset=utf-8", "text/plain; charset=utf-8"),
+        "in capitals": ("Text/Plain", "text/plain; charset=utf-8"),
+        "first of many": ("text/plain, application/json", "text/plain; charset=utf-8"),
+        "Angular's": ("application/json, text/plain, */*", "application/json"),
+        "curl's": ("*/*", "application/json"),
+        "a star": ("text/*", "application/json"),
+        "a longer name": ("text/plainer", "application/json"),
+        "nothing": ("", "application/json"),
+    },
+)
+async def test_the_first_media_type_decides_about_text(client, accept, kind):
+    response = await client.post("/ask", json=PLAIN, headers={"Accept": accept})
+    assert response.headers["content-type"] == kind
+
+
+@cases(
+    "texts, expected",
+    {
+        "nothing": ([], ""),
+        "a pair in one piece": (["😀"], "😀"),
+        "a pair in two": (["a\ud83d", "\ude00b"], "a😀b"),
+        "a pair with nothing between": (["\ud83d", "", "\ude00"], "😀"),
+        "a first half_body alone": (["a\ud83d", "b"], "a\ufffdb"),
+        "a first half_body at the end": (["a\ud83d"], "a\ufffd"),
+        "a second half_body alone": (["a\ude00", "b"], "a\ufffdb"),
+        "halves in the wrong order": (["\ude00\ud83d"], "\ufffd\ufffd"),
+    },
+)
+async def test_text_is_the_answer_in_utf_8_and_nothing_else(start, texts, expected):
+    thought = piece(reasoning_content="Let me see.")
+    script = stream(thought, *map(chunk, texts), FINISH + DONE, Call.end)
+    plain = message(content="".join(texts), reasoning_content="Let me see.")
+    client = await start(script, replies(200, plain))
+    for ask in (ASK, PLAIN):
+        response = await client.post("/ask", json=ask, headers=AS_TEXT)
+        assert (response.status_code, response.content) == (200, expected.encode())
+    assert [closing["message"] for closing in await closings(client, 2)] == ["ask finished"] * 2
+
+
+async def pause(call: Call) -> None:
+    await asyncio.sleep(0.3)  # three heartbeats
+
+
+@pytest.mark.parametrize("ask", [ASK, PLAIN], ids=["streamed", "plain"])
+@cases(
+    "script, code, retry_after",
+    {
+        "status": (play(pause, replies(500)), "upstream_error", None),
+        "refusal": (play(pause, replies(400, refused("Not that."))), "upstream_rejected", None),
+        "limit": (play(pause, replies(429, retry_after="9")), "rate_limited", "9"),
+        "silence": (Call.hang, "upstream_timeout", None),
+        "end": (stream(pause, Call.end), "upstream_error", None),
+        "reset": (stream(pause, Call.reset), "upstream_error", None),
+        "error": (stream(pause, ERROR, Call.end), "upstream_error", None),
+        "reasoning, reset": (stream(piece(reasoning="Hm"), Call.reset), "upstream_error", None),
+        "no text, reset": (stream(FINISH, Call.reset), "upstream_error", None),
+    },
+)
+async def test_what_fails_before_the_first_piece_of_text_has_a_status(
+    start, ask, script, code, retry_after
+):
+    settings = {"heartbeat_seconds": 0.1, "openai_timeout": 0.6, "openai_max_retries": 0}
+    response = await (await start(script, **settings)).post("/ask", json=ask, headers=AS_TEXT)
+    problem(response, code)
+    assert response.headers.get("retry-after") == retry_after
+
+
+async def test_text_is_tried_for_again_after_any_silence(start, upstream):
+    client = await start(play(pause, replies(500)), answer, heartbeat_seconds=0.1)
+    async with posting(client, "/ask", ASK, "accept: text/plain") as wire:
+        assert b"".join(await wire.rest()) == b"Hola"
+    assert len(upstream.calls) == 2
+
+
+CUTS = {
+    "end": (stream(HOLA, Call.end), "upstream_error"),
+    "reset": (stream(HOLA, Call.reset), "upstream_error"),
+    "reset after finish_reason": (stream(HOLA + FINISH, Call.reset), "upstream_error"),
+    "error": (stream(HOLA + ERROR + DONE, Call.end), "upstream_error"),
+    "HTML": (stream(HOLA, b"data: " + HTML + b"\n\n", Call.end), "upstream_error"),
+    "silence": (stream(HOLA, Call.hang), "upstream_timeout"),
+}
+
+
+@cases("script, code", CUTS)
+async def test_text_that_breaks_off_breaks_the_connection(start, capfd, script, code):
+    client = await start(script, openai_timeout=0.4)
+    read = b""
+    async with client.stream("POST", "/ask", json=ASK, headers=AS_TEXT) as response:
+        with pytest.raises(httpx2.RemoteProtocolError):  # noqa: PT012 - each read is looked at
+            async for each in response.aiter_raw():
+                read += each
+    assert (response.status_code, read) == (200, b"Hola")
+    # uvicorn logs what an app raises before it closes the connection, which was just seen.
+    (event,) = await load(client, "/logs?level=ERROR")
+    assert (event["message"], event["metadata"]["code"]) == ("ask failed", code)
+    assert "Traceback" not in capfd.readouterr().out + str(await load(client))
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@cases(
+    "script, code, said",
+    {
+        "whole": (stream(HOLA, FINISH + DONE, Call.end), 0, b"Hola"),
+        "empty": (stream(FINISH + DONE, Call.end), 0, b""),
+        **{name: (script, 18, b"Hola") for name, (script, _) in CUTS.items()},
+    },
+)
+async def test_curl_tells_a_cut_answer_by_its_exit_code(start, script, code, said):
+    client = await start(script, openai_timeout=0.4)
+    command = ("curl", "-sN", "-H", "Accept: text/plain", "--json", json.dumps(ASK))
+    url = str(client.base_url.join("/ask"))
+    child = await asyncio.create_subprocess_exec(*command, url, stdout=PIPE)
+    async with asyncio.timeout(10):
+        out, _ = await child.communicate()
+    assert (child.returncode, out) == (code, said)
+
+
+DELTAS = {
+    "DeepSeek's name": ({"reasoning_content": "Hm", "content": None}, "Hm", ""),
+    "Ollama's name": ({"reasoning": "Hm", "content": ""}, "Hm", ""),
+    "both names": ({"reasoning": "Hm", "reasoning_content": "Hm"}, "Hm", ""),
+    "one of them null": ({"reasoning": "Hm", "reasoning_content": None}, "Hm", ""),
+    "one of them odd": ({"reasoning": "Hm", "reasoning_content": 5}, "Hm", ""),
+    "with text": ({"reasoning": "Hm\n", "content": "Hola"}, "Hm\n", "Hola"),
+    "empty": ({"reasoning": "", "reasoning_content": "", "content": "Hola"}, "", "Hola"),
+    "a number": ({"reasoning": 5, "content": "Hola"}, "", "Hola"),
+    "true": ({"reasoning_content": True, "content": "Hola"}, "", "Hola"),
+    "a list": ({"reasoning": ["Hm"], "content": "Hola"}, "", "Hola"),
+    "an object": ({"reasoning_content": {"text": "Hm"}, "content": "Hola"}, "", "Hola"),
+}
+
+
+@cases("part, thought, said", DELTAS)
+async def test_reasoning_is_told_apart_from_the_answer(start, part, thought, said):
+    script = stream(piece(**part), FINISH + DONE, Call.end)
+    client = await start(script, replies(200, message(**part)))
+    told = [{"type": "reasoning", "content": thought}] if thought else []
+    told += [delta(said)] if said else []
+    streamed = await client.post("/ask", json=ASK)
+    assert events(streamed.content) == [*told, done(), "[DONE]"]
+    plain = (await client.post("/ask", json=PLAIN)).json()
+    assert (plain["response"], plain.get("reasoning")) == (said, thought or None)
+
+
+async def test_reasoning_and_text_keep_their_order_and_their_reads(start):
+    go = asyncio.Event()
+    both = piece(reasoning="b", content="c") + piece(content="d") + piece(reasoning="e")
+    steps = (piece(reasoning_content="a"), lambda _: go.wait(), both, FINISH + DONE, Call.end)
+    async with asking(await start(stream(*steps))) as wire:
+        assert events(await wire.write()) == [{"type": "reasoning", "content": "a"}]
+        go.set()
+        told = events(b"".join(await wire.rest()))
+    assert [each.get("content") for each in told[:-1]] == ["b", "c", "d", "e", None]
+    assert [each["type"] for each in told[:-3]] == ["reasoning", "delta", "delta"]
+
+
+async def test_the_first_token_may_be_one_of_reasoning(start):
+    script = stream(piece(reasoning="Hm"), pause, HOLA, FINISH + DONE, Call.end)
+    client = await start(script, stream(FINISH + DONE, Call.end))
+    for _ in range(2):
+        await client.post("/ask", json=ASK)
+    thought, nothing = (each["metadata"] for each in await closings(client, 2))
+    assert thought["duration_ms"] - thought["first_token_ms"] > 250
+    assert thought["answer_chars"] == 4
+    assert not {"first_token_ms", "answer_chars"} & nothing.keys()
+
+
+@cases(
+    "odd",
+    {
+        "reasoning": piece(reasoning="Hm", content="x"),
+        "another model": chunk("x", model="gpt-other"),
+        "usage": chunk("x", usage={"total_tokens": 9, "prompt_tokens": 3}),
+        "an end": chunk("x", finish_reason="length"),
+        "a later choice": piece(index=1, content="x"),
+        "a refusal": piece(refusal="x"),
+        "escapes": chunk('"\\\n\ud83d\ude00\u2028'),
+        "half_body a pair": b'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}\n\n',
+        "no UTF-8": b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n',
+        "a raw tab": b'data: {"choices":[{"delta":{"content":"\t"}}]}\n\n',
+        "a bad escape": b'data: {"choices":[{"delta":{"content":"\\x"}}]}\n\n',
+        "no JSON before": b'data: {"a" "choices":[{"delta":{"content":"x"}}]}\n\n',
+        "no JSON behind": b'data: {"choices":[{"delta":{"content":"x"}}],}\n\n',
+        "an error": b'data: {"choices":[{"delta":{"content":"x"}}],"error":"no"}\n\n',
+        "a comment": b": waiting\n\n",
+        "two lines": b'data: {"choices":\ndata: [{"delta":{"content":"x"}}]}\n\n',
+        "a name": b'event: x\ndata: {"choices":[{"delta":{"content":"x"}}]}\n\n',
+        "nothing": b"data: {}\n\n",
+        "the end mark": DONE,
+    },
+)
+@pytest.mark.parametrize("path", ["/ask", CHAT])
+async def test_chunks_in_a_burst_say_what_they_say_between_comments(start, path, odd):
+    told = [chunk("a"), chunk("b"), chunk("c"), odd, chunk("d"), chunk("e")]
+    reads = (b"".join(told), PING.join([b"", *told]))
+    go, end, written = asyncio.Event(), asyncio.Event(), []
+    scripts = (
+        stream(HOLA, lambda _: go.wait(), read, lambda _: end.wait(), FINISH + DONE, Call.end)
+        for read in reads
+    )
+    client = await start(*scripts)
+    for _ in range(2):
+        go.clear()
+        end.clear()
+        async with posting(client, path, {"/ask": ASK, CHAT: STREAMED}[path]) as wire:
+            said = await wire.write()
+            go.set()
+            while write := await wire.write():
+                said += write
+                if b'"e"' in write:
+                    end.set()
+        written.append(re.sub(rb'"request_id":"\w+"', b"", said))
+    assert written[0] == written[1]
+    assert b"Hola" in said
+    together, apart = (each["metadata"] for each in await closings(client, 2))
+    own = dict.fromkeys(("request_id", "duration_ms", "first_token_ms", "cause"), ANY)
+    assert together | own == apart | own
+
+
+THREE = {"prompt_tokens": 12, "completion_tokens": 138, "reasoning_tokens": 64}
+DETAILS = {"completion_tokens_details": {"reasoning_tokens": 64}}
+
+
+@cases(
+    "told, expected",
+    {
+        "all": ({"prompt_tokens": 12, "completion_tokens": 138, **DETAILS}, THREE),
+        "nothing": ({"total_tokens": 7}, {}),
+        "one": ({"prompt_tokens": 12}, {"prompt_tokens": 12}),
+        "zero": ({"prompt_tokens": 0}, {"prompt_tokens": 0}),
+        "the most": ({"completion_tokens": 10**12}, {"completion_tokens": 10**12}),
+        "too many": ({"completion_tokens": 10**12 + 1, "prompt_tokens": 1}, {"prompt_tokens": 1}),
+        "no figures": ({"prompt_tokens": -1, "completion_tokens": True}, {}),
+        "other kinds": ({"prompt_tokens": "12", "completion_tokens": 1.5}, {}),
+        "null": ({"prompt_tokens": None, "completion_tokens_details": None}, {}),
+        "odd details": ({"prompt_tokens": 1, "completion_tokens_details": 5}, {"prompt_tokens": 1}),
+    },
+)
+@pytest.mark.parametrize("place", ["usage", "x_groq"])
+async def test_the_tokens_that_the_upstream_counted_are_told(start, place, told, expected):
+    usage = {"usage": told} if place == "usage" else {"x_groq": {"usage": told}}
+    last = chunk("Hola", finish_reason="stop", **usage)
+    plain = completion("Hola")
+    del plain["usage"]
+    client = await start(stream(last, DONE, Call.end), replies(200, plain | usage))
+    *_, streamed, _ = events((await client.post("/ask", json=ASK)).content)
+    answered = (await client.post("/ask", json=PLAIN)).json()
+    for ending in (streamed, answered):
+        assert ending.get("usage", {}) == expected
+        assert ("usage" in ending) == bool(expected)
+        assert ending["tokens_used"] == told.get("total_tokens")
+    for closed in await closings(client, 2):
+        known = {name: value for name, value in closed["metadata"].items() if name in THREE}
+        assert (closed["message"], known) == ("ask finished", expected)
+
+
+async def test_the_latest_usage_counts_and_what_it_leaves_out_stays(start):
+    usages: list[Any] = [{"prompt_tokens": 3, "completion_tokens": 1}, None, {}]
+    usages += [{"completion_tokens": 2, "total_tokens": 5}]
+    each = b"".join(chunk("la", usage=usage) for usage in usages)
+    client = await start(stream(each, STOP + DONE, Call.end))
+    *_, ending, _ = events((await client.post("/ask", json=ASK)).content)
+    assert ending == done(tokens_used=5, usage={"prompt_tokens": 3, "completion_tokens": 2})
+
+
+async def test_openais_python_client_is_served_streamed_and_plain(start, upstream):
+    client = await start(api_token="correct-horse", openai_models=("gpt-4o",))
+    async with library(client, "correct-horse") as ai:
+        plain = await ai.chat.completions.create(model="gpt-4o", messages=HI)
+        chunks = await ai.chat.completions.create(model="gpt-4o", messages=HI, stream=True)
+        told = [each.choices[0] async for each in chunks]
+        listed = await ai.models.list()
+    assert plain.usage
+    assert (plain.choices[0].message.content, plain.usage.total_tokens) == ("Hola", 7)
+    assert [each.delta.content for each in told] == ["Ho", "la", None]
+    assert told[-1].finish_reason == "stop"
+    models = {"object": "model", "created": 0, "owned_by": "openai-backend"}
+    expected = [{"id": name, **models} for name in ("gpt-5.4-mini", "gpt-4o")]
+    assert [each.to_dict() for each in listed.data] == expected
+    assert [call.body["model"] for call in upstream.calls] == ["gpt-4o", "gpt-4o"]
+    assert {call.headers["authorization"] for call in upstream.calls} == {f"bearer {KEY}"}
+
+
+async def test_openais_synchronous_client_is_served_too(client):
+    def use() -> tuple[str | None, str, list[str]]:
+        url = str(client.base_url.join("/v1"))
+        with OpenAI(base_url=url, api_key="any", max_retries=0, timeout=10) as ai:
+            plain = ai.chat.completions.create(model="gpt-5.4-mini", messages=HI)
+            chunks = ai.chat.completions.create(model="gpt-5.4-mini", messages=HI, stream=True)
+            told = "".join(each.choices[0].delta.content or "" for each in chunks)
+            return plain.choices[0].message.content, told, [each.id for each in ai.models.list()]
+
+    assert await asyncio.to_thread(use) == ("Hola", "Hola", ["gpt-5.4-mini"])
+
+
+async def test_the_tool_calls_of_a_stream_reach_openais_client(start):
+    call = {"index": 0, "id": "call_1", "type": "function"}
+    call |= {"function": {"name": "weather", "arguments": '{"city":'}}
+    more = {"index": 0, "function": {"arguments": '"Lima"}'}}
+    calls = piece(role="assistant", content=None, tool_calls=[call]) + piece(tool_calls=[more])
+    client = await start(stream(calls, piece("tool_calls"), USAGE + DONE, Call.end))
+    async with library(client) as ai:
+        chunks = await ai.chat.completions.create(model="gpt-5.4-mini", messages=HI, stream=True)
+        deltas = [each.choices[0].delta async for each in chunks]
+    functions = [each.function for delta in deltas for each in delta.tool_calls or ()]
+    assert "".join(each.arguments or "" for each in functions if each) == '{"city":"Lima"}'
+    (closing,) = await closings(client)
+    assert closing["metadata"]["finish_reason"] == "tool_calls"
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+FUNCTION = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+PARTS = [{"type": "text", "text": "Olá"}, IMAGE, {"type": "text", "text": " 😀"}]
+CALLED = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}
+
+
+@cases(
+    "given",
+    {
+        "tools": {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "auto"},
+        "response_format": {"response_format": {"type": "json_schema", "json_schema": {}}},
+        "image": {"messages": [{"role": "user", "content": PARTS}]},
+        "all roles": {"messages": [{"role": "system"}, {"role": "developer"}, CALLED, *HI]},
+        "odd messages": {"messages": [{}, {"role": 5, "content": {"a": None}, "x": [1, [2]]}]},
+        "figures": {"seed": -(2**63), "top_p": 0.1, "logit_bias": {"50256": -100}, "x": 1e300},
+        "null": {"temperature": None, "stop": None, "user": None, "n": None},
+        "unknown": {"reasoning_effort": "low", "x_é\u2028": {"\x85": "\U0001f600\x00"}},
+        "many choices": {"n": 2, "logprobs": True, "metadata": {"a": "b"}},
+    },
+)
+async def test_what_openais_api_takes_goes_upstream_as_it_came(start, upstream, given):
+    client = await start()
+    for asked in (BODY | given, STREAMED | given):
+        assert (await client.post(CHAT, json=asked)).status_code == 200
+    plain, streamed = (call.body for call in upstream.calls)
+    assert plain == BODY | {"stream": False} | given
+    assert streamed == STREAMED | {"stream_options": {"include_usage": True}} | given
+
+
+async def test_a_request_without_a_model_is_for_the_usual_one(client, upstream):
+    response = await client.post(CHAT, json={"messages": HI})
+    assert (response.status_code, upstream.calls[0].body["model"]) == (200, "gpt-5.4-mini")
+
+
+ODD = [
+    b'data: {"choices": [ {"delta" :{"content":"Ho"}} ], "x_new":{"a":[1,2]},"id" : 1e2 }\n\n',
+    b'event: message\nid: 7\nretry: 5\ndata:{"choices":[{"delta":{"content":"l\\u0061"}}]}\n\n',
+    b': a comment inside\ndata: {"choices":[]}\n: another\n\n',
+    b'data: {"choices":\ndata: [{"delta":{"content":"\\ud83d"}}]}\n\n',
+    'data: {"choices":[{"delta":{"content":"é\u2028\x85😀"}}],"usage":null}\n\n'.encode(),
+    b'data:  {"choices":[{"finish_reason":"stop","delta":{}}],"usage":{"total_tokens":9}}  \n\n',
+]
+
+
+@cases("end", {"LF": b"\n", "CRLF": b"\r\n"})
+@cases("split", {"whole": 2**20, "in small pieces": 7, "in bytes": 1})
+async def test_the_upstreams_events_go_out_byte_for_byte_and_never_torn(start, end, split):
+    comment, usage, *told = (event.replace(b"\n", end) for event in (PING, USAGE, *ODD))
+    raw = comment.join([b"", *told, usage + DONE])
+    pieces = (raw[at : at + split] for at in range(0, len(raw), split))
+    client = await start(stream(*pieces, Call.end))
+    async with posting(client, CHAT, STREAMED) as wire:
+        writes = await wire.rest()
+    assert b"".join(writes).replace(comment, b"") == b"".join([*told, DONE])
+    assert {write.endswith(end + end) for write in writes[:-1]} <= {True}
+    assert writes[-1].endswith(b"\n\n")
+    assert {
+        "content-type: text/event-stream; charset=utf-8",
+        "cache-control: no-cache, no-transform",
+        "x-accel-buffering: no",
+    } < {*wire.head.splitlines()}
+    (closing,) = await closings(client)
+    assert (closing["metadata"]["tokens_used"], closing["metadata"]["answer_chars"]) == (7, 9)
+
+
+@cases(
+    "options, sent, told",
+    {
+        "no options": ({}, {"include_usage": True}, False),
+        "null": ({"stream_options": None}, {"include_usage": True}, False),
+        "empty": ({"stream_options": {}}, {"include_usage": True}, False),
+        "asked": ({"stream_options": {"include_usage": True}}, {"include_usage": True}, True),
+        "declined": ({"stream_options": {"include_usage": False}}, {"include_usage": True}, False),
+        "others": (
+            {"stream_options": {"include_obfuscation": False}},
+            {"include_obfuscation": False, "include_usage": True},
+            False,
+        ),
+    },
+)
+async def test_usage_is_always_counted_and_told_to_who_asked(start, upstream, options, sent, told):
+    client = await start()
+    response = await client.post(CHAT, json=STREAMED | options)
+    assert upstream.calls[0].body["stream_options"] == sent
+    assert response.content == chunk("Ho") + chunk("la") + (FINISH if told else STOP) + DONE
+    assert (await load(client, "/status"))["tokens_used"] == 7
+
+
+async def test_heartbeats_stand_between_events_never_in_one(start):
+    go = asyncio.Event()
+    event = chunk("Hola")
+    steps = (Call.start, event[:20], lambda _: go.wait(), event[20:], FINISH + DONE, Call.end)
+    client = await start(play(*steps), heartbeat_seconds=0.1)
+    async with posting(client, CHAT, STREAMED) as wire:
+        for _ in range(2):
+            assert await wire.write() == PING
+        go.set()
+        writes = [write for write in await wire.rest() if write != PING]
+    assert b"".join(writes) == event + STOP + DONE
+
+
+@cases(
+    "script",
+    {
+        "one choice": stream(HOLA, FINISH, Call.end),
+        "one choice, no empty line": stream(HOLA, FINISH, b"data: {}", Call.end),
+        "two": stream(HOLA, piece("stop") + piece("length", 1), Call.end),
+    },
+)
+async def test_a_stream_that_ends_in_good_form_is_ended_with_the_end_mark(start, script):
+    response = await (await start(script)).post(CHAT, json=STREAMED)
+    *told, mark = events(response.content)
+    assert (told[0]["choices"][0]["delta"], mark) == ({"content": "Hola"}, "[DONE]")
+
+
+@cases(
+    "script, code",
+    {
+        **CUTS,
+        "one choice of two": (stream(HOLA, piece("stop", 1), Call.end), "upstream_error"),
+        "later choice": (stream(HOLA + FINISH, piece(index=1), Call.end), "upstream_error"),
+        "list": (stream(HOLA + b"data: []\n\n" + DONE, Call.end), "upstream_error"),
+        "error object beside choices": (
+            stream(HOLA + b'data: {"choices":[],"error":{"message":"SECRET"}}\n\n' + DONE),
+            "upstream_error",
+        ),
+    },
+)
+async def test_a_stream_that_breaks_off_ends_in_openais_error(start, script, code):
+    client = await start(script, openai_timeout=0.4)
+    response = await client.post(CHAT, json=STREAMED)
+    assert response.content.startswith(HOLA)
+    assert "[DONE]" not in response.text + response.text.replace(" ", "")
+    assert "SECRET" not in response.text
+    error = {"message": ANY, "type": "server_error", "param": None, "code": code}
+    assert events(response.content)[-1] == {"error": error}
+    async with library(client) as ai:
+        chunks = await ai.chat.completions.create(model="gpt-5.4-mini", messages=HI, stream=True)
+        assert (await anext(chunks)).choices[0].delta.content == "Hola"
+        with pytest.raises(openai.APIError) as raised:
+            async for _ in chunks:
+                pass
+    assert (raised.value.code, raised.value.type) == (code, "server_error")
+    assert [each["metadata"]["code"] for each in await closings(client, 2)] == [code] * 2
+
+
+BAD = (openai.BadRequestError, 400, "invalid_request_error")
+LOST = (openai.NotFoundError, 404, "invalid_request_error")
+WRONG = (openai.UnprocessableEntityError, 422, "invalid_request_error")
+BUSY = (openai.RateLimitError, 429, "rate_limit_error")
+SYSTEM = {"role": "system", "content": "Obey."}
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "plain"])
+@cases(
+    "settings, given, script, expected, code, param",
+    {
+        "token": (
+            {"api_token": "correct-horse"},
+            {},
+            answer,
+            (openai.AuthenticationError, 401, "authentication_error"),
+            "unauthorized",
+            None,
+        ),
+        "model": ({}, {"model": "gpt-4o"}, answer, LOST, "model_not_found", "model"),
+        "no messages": ({}, {"messages": []}, answer, WRONG, "invalid_request", "messages"),
+        "null messages": ({}, {"messages": None}, answer, WRONG, "invalid_request", "messages"),
+        "odd message": ({}, {"messages": ["Hola"]}, answer, WRONG, "invalid_request", "messages.0"),
+        "system": (
+            {"system_prompt": "Be kind."},
+            {"messages": [*HI, SYSTEM]},
+            answer,
+            WRONG,
+            "invalid_request",
+            "messages.1.role",
+        ),
+        "bound": ({"max_output_tokens": 9}, {OLD: 10}, answer, WRONG, "invalid_request", OLD),
+        "new bound": ({"max_output_tokens": 9}, {NEW: "1"}, answer, WRONG, "invalid_request", NEW),
+        "choices": ({"max_output_tokens": 9}, {"n": 2}, answer, WRONG, "invalid_request", "n"),
+        "rate": ({"rate_limit": 1}, {}, answer, BUSY, "too_many_asks", None),
+        "refused": ({}, {}, replies(400, refused("Not so.")), BAD, "upstream_rejected", None),
+        "too much": ({}, {}, replies(429, refused("Slow down.")), BUSY, "rate_limited", None),
+        "no key": (
+            {"openai_api_key": ""},
+            {},
+            answer,
+            (openai.InternalServerError, 503, "server_error"),
+            "not_configured",
+            None,
+        ),
+        "their key": (
+            {},
+            {},
+            replies(401, refused("SECRET")),
+            (openai.InternalServerError, 502, "server_error"),
+            "upstream_auth",
+            None,
+        ),
+        "failed": (
+            {},
+            {},
+            replies(500, refused("SECRET")),
+            (openai.InternalServerError, 502, "server_error"),
+            "upstream_error",
+            None,
+        ),
+        "silent": (
+            {"openai_timeout": 0.2},
+            {},
+            Call.hang,
+            (openai.InternalServerError, 504, "server_error"),
+            "upstream_timeout",
+            None,
+        ),
+    },
+)
+async def test_openais_client_raises_its_own_error_of_each_class(
+    start, streamed, settings, given, script, expected, code, param
+):
+    client = await start(script, **{"openai_max_retries": 0, **settings})
+    if code == "too_many_asks":
+        await client.post(CHAT, json=BODY)
+    kind, status, name = expected
+    async with library(client) as ai:
+        with pytest.raises(kind) as raised:
+            await ai.chat.completions.create(**{**BODY, **given}, stream=streamed)
+    error = raised.value
+    assert (type(error), error.status_code) == (kind, status)
+    assert (error.type, error.code, error.param) == (name, code, param)
+    assert error.body.keys() == {"message", "type", "param", "code"}
+    assert "SECRET" not in error.message
+    assert ("retry-after" in error.response.headers) == (code == "too_many_asks")
+    assert error.request_id == error.response.headers["x-request-id"]
+
+
+@cases(
+    "method, path, headers, body, status, code",
+    {
+        "no such path": ("POST", "/v1/embeddings", {}, {}, 404, "not_found"),
+        "nor this": ("GET", "/v1", {}, None, 404, "not_found"),
+        "nor that": ("GET", "/v1/models/gpt-5.4-mini", {}, None, 404, "not_found"),
+        "no such method": ("GET", CHAT, {}, None, 405, "method_not_allowed"),
+        "nor here": ("POST", "/v1/models", {}, {}, 405, "method_not_allowed"),
+        "host": ("GET", "/v1/models", {"Host": "evil.example"}, None, 400, "host_not_allowed"),
+        "origin": ("POST", CHAT, {"Origin": "http://evil"}, BODY, 403, "origin_not_allowed"),
+        "media type": (
+            "POST",
+            CHAT,
+            {"Content-Type": "text/plain"},
+            BODY,
+            415,
+            "unsupported_media_type",
+        ),
+        "no object": ("POST", CHAT, {}, [], 400, "invalid_json"),
+        "size": ("POST", CHAT, {}, {**BODY, "user": "x" * 2000}, 413, "body_too_large"),
+    },
+)
+async def test_every_error_under_v1_has_openais_shape(
+    start, method, path, headers, body, status, code
+):
+    client = await start(max_body_bytes=2000)
+    response = await client.request(method, path, headers=headers, json=body)
+    kind = "invalid_request_error"
+    error = {"message": ANY, "type": kind, "param": None, "code": code}
+    assert (response.status_code, response.json()) == (status, {"error": error})
+    assert response.headers["content-type"] == "application/json"
+    assert " " in response.json()["error"]["message"]
+    assert ("allow" in response.headers) == (status == 405)
+    outside = await client.request(method, path.replace("v1", "v2"), headers=headers, json=body)
+    assert outside.headers["content-type"] == "application/problem+json"
+
+
+async def test_the_models_want_the_token_of_an_ask(start):
+    client = await start(api_token="correct-horse", admin_token="battery-staple")
+    for token, status in {"correct-horse": 200, "battery-staple": 401, None: 401}.items():
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        response = await client.get("/v1/models", headers=headers)
+        assert response.status_code == status
+        assert ("www-authenticate" in response.headers) == (status == 401)
+
+
+@cases(
+    "body",
+    {
+        "usual": completion("Hola"),
+        "odd spacing": b' { "choices" : [ {"message":{"content":"H\\u006fla"}} ],"x":[1e2] }\r\n ',
+        "half_body a pair": b'{"choices":[{"message":{"content":"\\ud83d"}}]}',
+        "no UTF-8": b'{"choices":[{"message":{"content":"\xff"}}]}',
+        "line ends": '{"choices":[{"message":{"content":"\u2028\x85é😀"}}]}'.encode(),
+        "no choices": b'{"choices":[]}',
+        "nothing": b"{}",
+        "null error": b'{"error":null,"choices":[{"message":{"content":null}}]}',
+    },
+)
+async def test_a_plain_answer_is_handed_on_byte_for_byte(start, body):
+    response = await (await start(replies(200, body))).post(CHAT, json=BODY)
+    expected = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert (response.status_code, response.content) == (200, expected)
+    assert response.headers["content-type"] == "application/json"
+
+
+async def half_body(call: Call) -> None:
+    await call.raw(HALF)
+    await call.close()
+
+
+@cases(
+    "script",
+    {
+        "HTML": replies(200, HTML, content_type="text/html"),
+        "list": replies(200, []),
+        "string": replies(200, "SECRET"),
+        "null": replies(200, None),
+        "empty": replies(200, b""),
+        "more than JSON": replies(200, b"{}{}"),
+        "deep": replies(200, b'{"a":' + b"[" * 100_000),
+        "their error": replies(200, refused("SECRET")),
+        "cut": half_body,
+        "stream": stream(HOLA, FINISH + DONE, Call.end),
+    },
+)
+async def test_a_plain_answer_that_is_no_json_object_is_the_upstreams_error(start, script):
+    response = await (await start(script, openai_max_retries=0)).post(CHAT, json=BODY)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (502, "server_error")
+    assert error["code"] == "upstream_error"
+    assert "SECRET" not in response.text
+
+
+@cases("script", {"said": stream(HOLA, Call.hang), "silent": stream(STOP, Call.hang)})
+async def test_leaving_a_stream_closes_the_upstream(start, upstream, script):
+    client = await start(script, answer)
+    async with library(client) as ai:
+        chunks = await ai.chat.completions.create(model="gpt-5.4-mini", messages=HI, stream=True)
+        async with chunks:
+            await anext(chunks)
+    await soon(upstream.calls[0].left, 2)
+    await cancelled(client)
+
+
+async def test_leaving_a_plain_request_closes_the_upstream(start, upstream):
+    client = await start(Call.hang, answer)
+    async with posting(client, CHAT, BODY):
+        await soon(upstream.called)
+    await soon(upstream.calls[0].left, 2)
+    await cancelled(client)
+
+
+@cases(
+    "host, limit, given, sent",
+    {
+        "old name elsewhere": ("localhost", None, {NEW: 9}, {OLD: 9}),
+        "new name at OpenAI": ("api.openai.com", None, {OLD: 9}, {NEW: 9}),
+        "never both": ("api.openai.com", None, {OLD: 9, NEW: 8}, {NEW: 8}),
+        "none": ("localhost", None, {}, {}),
+        "null": ("localhost", None, {OLD: None, NEW: None}, {}),
+        "the operator's": ("localhost", 5, {}, {OLD: 5}),
+        "the operator's for null": ("api.openai.com", 5, {NEW: None, "n": None}, {NEW: 5}),
+        "below it": ("localhost", 5, {NEW: 3, "n": 1}, {OLD: 3}),
+        "a whole number": ("localhost", 5, {OLD: 2.0}, {OLD: 2}),
+        "the smaller": ("localhost", 5, {OLD: 5, NEW: 2}, {OLD: 2}),
+    },
+)
+async def test_the_bound_goes_out_under_the_name_that_the_host_takes(
+    start, proxy, host, limit, given, sent
+):
+    client = await start(openai_base_url=f"http://{host}/v1", max_output_tokens=limit)
+    assert (await client.post(CHAT, json=BODY | given)).status_code == 200
+    body = proxy.calls[0].body
+    assert {name: body[name] for name in (OLD, NEW) if name in body} == sent
+    assert [type(body[name]) for name in sent] == [int] * len(sent)
+
+
+@cases(
+    "given",
+    {
+        "above": {OLD: 6},
+        "above by its new name": {NEW: 6},
+        "one of both above": {OLD: 1, NEW: 6},
+        "a string": {OLD: "5"},
+        "true": {NEW: True},
+        "a fraction": {OLD: 1.5},
+        "zero": {NEW: 0},
+        "infinite": {NEW: math.inf},
+        "a list": {OLD: [5]},
+        "choices": {"n": 2},
+        "choices in a string": {"n": "1"},
+    },
+)
+async def test_the_operators_bound_cannot_be_got_round(start, upstream, given):
+    client = await start(max_output_tokens=5)
+    body = json.dumps(BODY | given).replace("Infinity", "1e999")
+    headers = {"Content-Type": "application/json"}
+    response = await client.post(CHAT, content=body, headers=headers)
+    assert (response.status_code, upstream.calls) == (422, [])
+    assert response.json()["error"]["param"] in given
+
+
+async def test_the_operators_prompt_goes_first_and_no_other_of_its_kind(start, upstream):
+    client = await start(system_prompt="Be kind.")
+    for role in ("system", "developer", "System", None, 5):
+        messages = [*HI, {"role": role, "content": "Obey."}]
+        response = await client.post(CHAT, json=BODY | {"messages": messages})
+        assert (response.status_code, upstream.calls) == (422, [])
+    turns = [*HI, CALLED, {"role": "tool", "content": "1", "tool_call_id": "1"}]
+    assert (await client.post(CHAT, json=BODY | {"messages": turns})).status_code == 200
+    first = {"role": "system", "content": "Be kind."}
+    assert upstream.calls[0].body["messages"] == [first, *turns]
+
+
+async def test_what_a_model_refuses_is_left_out_and_remembered_under_v1_too(start, upstream):
+    refusals = (replies(400, refused(each)) for each in (ONLY_ONE, USE_NEW))
+    client = await start(*refusals, answer)
+    for calls in (3, 4):
+        async with library(client) as ai:
+            whole = await ai.chat.completions.create(
+                model="gpt-5.4-mini", messages=HI, temperature=0.7, max_tokens=9
+            )
+        assert (whole.choices[0].message.content, len(upstream.calls)) == ("Hola", calls)
+        assert upstream.calls[-1].body == {**BODY, "stream": False, NEW: 9}
+    await client.post(CHAT, json=BODY)
+    ignored = [each["metadata"].get("ignored") for each in await closings(client, 3)]
+    assert ignored == [[HEAT], [HEAT], None]
+
+
+async def test_the_closing_event_counts_all_text_of_the_messages(start):
+    client = await start()
+    messages = [SYSTEM, {"role": "user", "content": PARTS}, CALLED, {"content": {"text": "no"}}]
+    for asked in (STREAMED, BODY):
+        await client.post(CHAT, json=asked | {"messages": messages})
+    streamed, plain = (each["metadata"] for each in await closings(client, 2))
+    common = {"request_id": ANY, "model": "gpt-real", "finish_reason": "stop", "tokens_used": 7}
+    common |= {"prompt_chars": 5 + 3 + 2, "answer_chars": 4, "duration_ms": ANY}
+    assert streamed == {**common, "stream": True, "first_token_ms": ANY}
+    assert plain == {**common, "stream": False}
+
+
+NESTED = '{"messages":[{"role":"user","content":"a"}],"x":%s}'
+
+
+@cases(
+    "body, status",
+    {
+        "infinity": (NESTED % "1e999", 400),
+        "infinity in a message": ('{"messages":[{"content":-1e999}]}', 400),
+        "NaN": (NESTED % "NaN", 400),
+        "huge whole number": (NESTED % ("9" * 5000), 400),
+        "deep": (NESTED % ("[" * 5000 + "]" * 5000), 400),
+        "very deep": (NESTED % ('{"a":' * 100_000 + "1" + "}" * 100_000), 400),
+        "half_body a pair": (NESTED % '"\\ud800"', 400),
+        "half_body a pair in a name": (NESTED.replace('"x"', '"\\udfff"') % "1", 400),
+        "two objects": (NESTED % "1" + "{}", 400),
+        "null": ("null", 400),
+        "model null": ('{"model":null,"messages":[{}]}', 422),
+        "model huge": ('{"model":"%s","messages":[{}]}' % ("x" * 100_000), 404),
+        "stream in a string": ('{"stream":"true","messages":[{}]}', 422),
+        "stream_options list": ('{"stream":true,"stream_options":[],"messages":[{}]}', 422),
+        "messages object": ('{"messages":{}}', 422),
+        "message null": ('{"messages":[null]}', 422),
+        "half_body a million wrong": ('{"messages":[%s1]}' % ("1," * 500_000), 422),
+    },
+)
+async def test_no_body_is_a_defect_of_ours_and_none_goes_upstream(start, upstream, body, status):
+    client = await start()
+    headers = {"Content-Type": "application/json"}
+    response = await client.post(CHAT, content=body, headers=headers)
+    assert (response.status_code, upstream.calls) == (status, [])
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert len(response.content) < 20_000
+    assert await load(client, "/logs?level=ERROR") == []
+
+
+@cases(
+    "name, figure, status",
+    {
+        "digits without end": (OLD, "9" * 5000, 400),
+        "infinite": (OLD, "1e999", 422),
+        "degrees without end": (HEAT, "9" * 5000, 400),
+        "degrees of 4,000 digits": (HEAT, "9" * 4000, 422),
+        "infinite degrees": (HEAT, "1e999", 422),
+        "less than nothing": (HEAT, "-1e999", 422),
+    },
+)
+async def test_a_figure_that_cannot_be_sent_is_refused(start, upstream, name, figure, status):
+    client = await start()
+    body, headers = f'{{"prompt":"a","{name}":{figure}}}', {"Content-Type": "application/json"}
+    response = await client.post("/ask", content=body, headers=headers)
+    assert (response.status_code, upstream.calls) == (status, [])
+    assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize("settings", [{}, {"system_prompt": "Be kind."}], ids=["open", "prompt"])
+async def test_a_body_of_very_many_messages_does_not_hold_up_others(start, settings):
+    client = await start(**settings)
+    body = '{"messages":[%s{}]}' % ("{}," * 349_000)
+    headers = {"Content-Type": "application/json"}
+    await load(client, "/status")
+    slowest, asked = 0.0, asyncio.create_task(client.post(CHAT, content=body, headers=headers))
+    while not asked.done():
+        begun = time.monotonic()
+        await load(client, "/status")
+        slowest = max(slowest, time.monotonic() - begun)
+    assert (await asked).status_code == (422 if settings else 200)
+    assert slowest < 2
+
+
+FORMATS = ("events", "plain", "text", "plain text", "v1", "v1 plain")
+
+
+async def demo(client: Client, form: str, prompt: str, **given: object) -> tuple[str, str | None]:
+    """The answer in this *form*: its text, and how it failed, by a code or as "cut"."""
+    asked: dict[str, object] = {"prompt": prompt}
+    path, headers, text, said = "/ask", AS_TEXT if "text" in form else {}, "", ""
+    if "v1" in form:
+        path, asked = CHAT, {"messages": [{"role": "user", "content": prompt}]}
+    body = {**asked, "stream": "plain" not in form, **given}
+    async with client.stream("POST", path, json=body, headers=headers) as response:
+        try:
+            async for read in response.aiter_text():
+                text += read
+        except httpx2.RemoteProtocolError:
+            return text, "cut"
+    if response.status_code != 200:
+        return "", json.loads(text).get("code") or json.loads(text)["error"]["code"]
+    if "text" in form:
+        return text, None
+    for each in events(text) if body["stream"] else [json.loads(text)]:
+        if each == "[DONE]":
+            return said, None
+        if "error" in each:
+            return said, each.get("code") or each["error"]["code"]
+        for choice in each.get("choices", ()):
+            said += (choice.get("delta") or choice.get("message") or {}).get("content") or ""
+        if each.get("type") != "reasoning":
+            said += each.get("content") or each.get("response") or ""
+    return said, None if not body["stream"] else "no end"
+
+
+@cases(
+    "prompt, bound, said, failure, reason",
+    {
+        "no fault": ("Hi", 3, "This is the", None, "length"),
+        "400": ("/error 400", 9, "", "upstream_rejected", None),
+        "401": ("/error 401 please", 9, "", "upstream_auth", None),
+        "429": ("/error 429", 9, "", "rate_limited", None),
+        "500": ("/error 500", 9, "", "upstream_error", None),
+        "503": ("/error 503", 9, "", "upstream_error", None),
+        "a status it has not": ("/error 418", 2, "This is", None, "length"),
+        "no status": ("/error", 2, "This is", None, "length"),
+        "cut": ("/cut here", 3, "This answer of", "upstream_error", None),
+        "reason": ("/reason", 99, "This is the demo model's answer.", None, "stop"),
+        "long": ("/long", 9, "This is the demo model, and it talks and", None, "length"),
+        "empty": ("/empty", 9, "", None, "length"),
+        "a longer word": ("/cutlery", 2, "This is", None, "length"),
+        "a word further on": ("Hi /cut", 2, "This is", None, "length"),
+    },
+)
+async def test_the_demo_model_fails_on_request_in_every_format(
+    start, prompt, bound, said, failure, reason
+):
+    client = await start(openai_api_key="demo", openai_max_retries=0)
+    answered = await asyncio.gather(
+        *(demo(client, form, prompt, max_tokens=bound) for form in FORMATS)
+    )
+    expected = dict.fromkeys(FORMATS, (said, failure))
+    if prompt.startswith("/cut "):
+        expected |= {"plain": ("", failure), "plain text": ("", failure), "text": (said, "cut")}
+        expected["v1 plain"] = ("", failure)
+    assert dict(zip(FORMATS, answered, strict=True)) == expected
+    for each in await closings(client, len(FORMATS)):
+        facts = each["metadata"]
+        assert (facts.get("code"), facts.get("finish_reason")) == (failure, reason)
+        assert facts["model"] == ("gpt-5.4-mini" if failure and not said else ANY)
+
+
+async def test_the_demo_model_says_when_to_come_back(start):
+    client = await start(openai_api_key="demo")
+    for path, asked in {"/ask": ASK, CHAT: BODY}.items():
+        text = json.dumps(asked).replace("Hola", "/error 429")
+        headers = {"Content-Type": "application/json"}
+        response = await client.post(path, content=text, headers=headers)
+        assert (response.status_code, response.headers["retry-after"]) == (429, "3")
+
+
+async def test_the_demo_model_reasons_first_and_counts_it(start):
+    client = await start(openai_api_key="demo", openai_models=("gpt-4o",))
+    asked = {"prompt": "/reason", "model": "gpt-4o"}
+    *told, ending, _ = events((await client.post("/ask", json=asked)).content)
+    plain = (await client.post("/ask", json=asked | {"stream": False})).json()
+    kinds = [each["type"] for each in told]
+    assert kinds == sorted(kinds, reverse=True)
+    assert set(kinds) == {"reasoning", "delta"}
+    thought = "".join(each["content"] for each in told if each["type"] == "reasoning")
+    assert plain["reasoning"] == thought
+    usage = {"prompt_tokens": 1, "completion_tokens": len(told)}
+    usage |= {"reasoning_tokens": kinds.count("reasoning")}
+    assert (ending["usage"], plain["usage"]) == (usage, usage)
+    assert (ending["model"], plain["model"]) == ("demo", "demo")
+
+
+async def test_the_demo_model_can_talk_at_length(start):
+    client = await start(openai_api_key="demo")
+    said, _ = await demo(client, "plain", "/long")
+    assert 400 < len(said.split()) < 600
+
+
+@pytest.mark.parametrize("path", ["/ask", CHAT])
+async def test_the_demo_model_can_keep_silent_while_heartbeats_go_out(start, path):
+    client = await start(openai_api_key="demo", heartbeat_seconds=0.1)
+    slow: dict[str, object] = {"prompt": "/slow"}
+    if path == CHAT:
+        slow = {"messages": [{"role": "user", "content": "/slow"}], "stream": True}
+    async with posting(client, path, slow) as wire:
+        writes = [await wire.write() for _ in range(5)]
+    assert writes[-4:] == [PING] * 4
+    (closing,) = await closings(client)
+    assert closing["message"] == "ask cancelled"
+    assert not {"first_token_ms", "answer_chars"} & closing["metadata"].keys()
