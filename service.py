@@ -35,16 +35,18 @@ import socket
 import sqlite3
 import string
 import sys
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path
 from types import TracebackType
 from typing import (
     Annotated,
@@ -395,7 +397,7 @@ class EventLog:
 
     async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
         """The newest *limit* events, of one level where one is given, oldest first."""
-        newest_first = (event for _, event in reversed(self._events))
+        newest_first = (event for _, event in reversed(list(self._events)))
         wanted = (event for event in newest_first if level in (None, event["level"]))
         return list(itertools.islice(wanted, limit))[::-1]
 
@@ -403,36 +405,43 @@ class EventLog:
 class LogDatabase:
     """The newest events of all processes that share a SQLite file, in the place of *ring*.
 
-    Two threads do SQLite's work, so that no lock and no full disk holds up an ask. What cannot be
-    written stays in the ring and is tried again; where nothing can be read, the ring answers.
+    One thread writes and another reads, so that no lock and no full disk holds up an ask. What
+    cannot be written stays in the ring and is tried again; where nothing can be read, the ring
+    answers.
     """
 
-    SCHEMA = """CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT,
+    # The last statement fails where the file is read-only, as BEGIN IMMEDIATE does not.
+    OPENING = """CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT,
         run TEXT NOT NULL, number INTEGER NOT NULL, level TEXT NOT NULL, event TEXT NOT NULL,
-        UNIQUE (run, number))"""
-    BATCH_SECONDS, RETRY_SECONDS, READ_SECONDS = 0.05, 0.5, 2
+        UNIQUE (run, number));
+        SELECT id, run, number, level, event FROM events WHERE false;
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = NORMAL;
+        DELETE FROM events WHERE false"""
+    NEWEST = "SELECT coalesce(max(number), 0) FROM events WHERE run = ?"
+    BATCH_SECONDS, RETRY_SECONDS, LOOK_SECONDS, READ_SECONDS = 0.05, 0.5, 5, 2
 
     def __init__(self, path: str, ring: EventLog) -> None:
         """Opens the file at *path*; raises ConfigError where that is not to be had."""
         self._path, self._ring = path, ring
         self._run = secrets.token_hex(8)
-        self._written = 0
-        self._flushing = self._closing = False
-        self._writer, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._connection: sqlite3.Connection | None = None
+        # Which file is open, and the number of the newest event that is in it.
+        self._inode, self._written = 0, 0
+        self._waiting, self._closing = threading.Event(), threading.Event()
+        self._storing = threading.Lock()
+        self._reader = ThreadPoolExecutor(1)
         try:
             self._connection = self._open()
         except (sqlite3.Error, OSError, ValueError) as exc:
-            if getattr(exc, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY:
+            if not self._is_lock(exc):
                 raise ConfigError(f"LOG_DATABASE: {path!a} cannot be used: {exc}") from exc
+        threading.Thread(target=self._write, daemon=True).start()
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        if not self._flushing:
-            self._flushing = True
-            flush = self._writer.submit(self._flush)
-            if self._closing:
-                with suppress(TimeoutError):
-                    flush.result(timeout=1)
+        self._waiting.set()
+        if self._closing.is_set():
+            self._flush()
         return event
 
     async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
@@ -444,44 +453,40 @@ class LogDatabase:
         return await self._ring.tail(level=level, limit=limit)
 
     def close(self) -> None:
-        """From here on each event is written at once: the process may end at any moment."""
-        self._closing = True
-        with suppress(TimeoutError):
-            self._writer.submit(self._flush).result(timeout=1)
+        """From here on each event is written at once: SIGTERM ends the process at any moment."""
+        self._closing.set()
+        self._waiting.set()
+        self._flush()
 
-    def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=1, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute(self.SCHEMA)
-        connection.execute("SELECT run, number, level, event FROM events LIMIT 1")
-        connection.execute("BEGIN IMMEDIATE")  # fails where the file is read-only
-        connection.rollback()
-        self._inode = os.stat(self._path).st_ino
-        self._written = 0  # INSERT OR IGNORE skips what the file has
-        return connection
+    def _write(self) -> None:
+        # After a pause, so that many events make one transaction.
+        while not self._closing.wait(self.BATCH_SECONDS):
+            self._waiting.clear()
+            if self._flush():
+                self._waiting.wait(self.LOOK_SECONDS)
+            else:
+                self._closing.wait(self.RETRY_SECONDS)
 
-    def _flush(self) -> None:
-        """In the writer's thread: write what waits, many events at once."""
-        if not self._closing:
-            time.sleep(self.BATCH_SECONDS)
-        self._flushing = False
-        try:
-            self._store()
-        except (sqlite3.Error, OSError):
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-            if not self._closing:
-                self._flushing = True
-                time.sleep(self.RETRY_SECONDS)
-                with suppress(RuntimeError):  # the interpreter is on its way out
-                    self._writer.submit(self._flush)
+    def _flush(self) -> bool:
+        """Whether all that waited is in the file now."""
+        with self._storing:
+            try:
+                self._store()
+            except (sqlite3.Error, OSError) as exc:
+                if not self._is_lock(exc):
+                    self._disconnect()
+                return False
+            if self._closing.is_set():
+                self._disconnect()  # the last one leaves no -wal behind
+            return True
 
     def _store(self) -> None:
-        if self._connection is None or os.stat(self._path).st_ino != self._inode:
+        if self._connection is None or self._inode != os.stat(self._path).st_ino:
+            # First the old one: it deletes the -wal, by its name, when it is closed.
+            self._disconnect()
             self._connection = self._open()
-        waiting = self._ring.since(self._written)
+        if not (waiting := self._ring.since(self._written)):
+            return
         rows = [
             (self._run, number, each["level"], utf8_json(to_json(each)).decode())
             for number, each in waiting
@@ -495,25 +500,45 @@ class LogDatabase:
                 "DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?",
                 (self._ring.capacity,),
             )
-        self._written = waiting[-1][0] if waiting else self._written
+        self._written = waiting[-1][0]
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=0.2, check_same_thread=False)
+        try:
+            connection.executescript(self.OPENING)
+            (self._written,) = connection.execute(self.NEWEST, (self._run,)).fetchone()
+            self._inode = os.stat(self._path).st_ino
+        except (sqlite3.Error, OSError):
+            connection.close()
+            raise
+        return connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @staticmethod
+    def _is_lock(exc: Exception) -> bool:
+        locks = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL}
+        return getattr(exc, "sqlite_errorcode", 0) & 0xFF in locks
 
     def _read(self, level: str | None, limit: int) -> list[LogEvent]:
-        waiting = self._ring.since(self._written)
-        # A connection of its own each time, which sees the file that is there now.
-        uri = f"file:{os.path.abspath(self._path).replace('?', '%3f').replace('#', '%23')}?mode=ro"
-        connection = sqlite3.connect(uri, uri=True, timeout=0.2)
-        try:
+        if self._inode != os.stat(self._path).st_ino:
+            raise FileNotFoundError(self._path)
+        written = self._written
+        # A connection of its own each time: the writer's may be waiting for a lock.
+        uri = f"{Path(self._path).absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=0.2)) as connection:
+            connection.execute("BEGIN")  # both from one moment
+            (newest,) = connection.execute(self.NEWEST, (self._run,)).fetchone()
             rows = connection.execute(
-                "SELECT run, number, event FROM events WHERE ? IN (level, '') "
-                "ORDER BY id DESC LIMIT ?",
+                "SELECT event FROM events WHERE ? IN (level, '') ORDER BY id DESC LIMIT ?",
                 (level or "", limit),
             ).fetchall()
-        finally:
-            connection.close()
-        stored = {number for run, number, _ in rows if run == self._run}
-        events: list[LogEvent] = [json.loads(event) for *_, event in reversed(rows)]
-        wanted = (each for number, each in waiting if number not in stored)
-        return [*events, *(each for each in wanted if level in (None, each["level"]))][-limit:]
+        events: list[LogEvent] = [json.loads(event) for (event,) in reversed(rows)]
+        waiting = (event for _, event in self._ring.since(max(written, newest)))
+        return [*events, *(each for each in waiting if level in (None, each["level"]))][-limit:]
 
 
 class StdoutLogger:
@@ -799,7 +824,8 @@ async def error_response(request: Request[Any], exc: Exception) -> Response:
     else:
         failure = Failure("internal_error")
     path, state = route_path(request.scope), request.scope.get("state", {})
-    if path in ASK_PATHS and "accepted" not in state:
+    left = isinstance(exc, ClientDisconnect)
+    if path in ASK_PATHS and "accepted" not in state and not left:
         state["metrics"].count_refused(failure.code)
     if path == "/v1" or path.startswith("/v1/"):
         return json_response(failure.openai_error(), failure.status_code, failure.headers)
@@ -1360,7 +1386,7 @@ class Metrics:
         for name, (meaning, _) in self.HISTOGRAMS.items():
             yield from (f"# HELP {name} {meaning}", f"# TYPE {name} histogram")
             for (model, label, given), histogram in self.histograms[name].items():
-                labels = f"{self.COMMON},gen_ai_request_model={json.dumps(model)}"
+                labels = f"{self.COMMON},gen_ai_request_model={to_json(model)}"
                 labels += f',{label}="{given}"' if label else ""
                 yield from histogram.lines(name, labels)
         finished = asks.total - asks.active - asks.failed - asks.cancelled

@@ -20,6 +20,7 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import sys
 import time
@@ -27,7 +28,7 @@ import tomllib
 import zlib
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import FrozenInstanceError, dataclass, field, fields
 from datetime import UTC, datetime
 from email.utils import formatdate
@@ -49,7 +50,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import service
-from service import ConfigError, Failure, Settings
+from service import (
+    AskCounters,
+    ConfigError,
+    EventLog,
+    Failure,
+    Histogram,
+    LogDatabase,
+    Metrics,
+    Settings,
+)
 
 HERE = Path(__file__).parent
 SERVICE = str(HERE / "service.py")
@@ -5088,3 +5098,671 @@ async def test_the_demo_model_can_keep_silent_while_heartbeats_go_out(start, pat
     (closing,) = await closings(client)
     assert closing["message"] == "ask cancelled"
     assert not {"first_token_ms", "answer_chars"} & closing["metadata"].keys()
+
+
+FAMILIES = {
+    "gen_ai_client_operation_duration_seconds": "histogram",
+    "gen_ai_client_operation_time_to_first_chunk_seconds": "histogram",
+    "gen_ai_client_token_usage": "histogram",
+    "openai_backend_asks_total": "counter",
+    "openai_backend_asks_active": "gauge",
+    "openai_backend_refused_total": "counter",
+    "process_start_time_seconds": "gauge",
+}
+DURATION, FIRST_CHUNK, TOKENS, *_ = FAMILIES
+# Written out here, as a dashboard would have them.
+SECOND_BOUNDS = ["0.01", "0.02", "0.04", "0.08", "0.16", "0.32", "0.64", "1.28", "2.56", "5.12"]
+SECOND_BOUNDS += ["10.24", "20.48", "40.96", "81.92", "163.84", "+Inf"]
+TOKEN_BOUNDS = ["1", "4", "16", "64", "256", "1024", "4096", "16384", "65536", "262144"]
+TOKEN_BOUNDS += ["1048576", "4194304", "16777216", "67108864", "+Inf"]
+THREE_FIGURES = {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}
+COUNTED = stream(chunk("Hola"), chunk(finish_reason="stop", usage=THREE_FIGURES) + DONE, Call.end)
+MODEL = "gpt-5.4-mini"
+
+Labels = frozenset[tuple[str, str]]
+Samples = dict[tuple[str, Labels], float]
+
+
+def samples(exposition: str) -> Samples:
+    """The samples of Prometheus' text format; each line must be one, or a HELP or TYPE."""
+    found: Samples = {}
+    label = r'(\w+)="((?:[^"\\\n]|\\["\\n])*)"'
+    for line in exposition.removesuffix("\n").split("\n"):
+        if not re.fullmatch(r"# (HELP|TYPE) [a-z_]+ \S.*", line):
+            sample = re.fullmatch(rf"([a-z_]+)(?:\{{({label}(?:,{label})*)\}})? (\S+)", line)
+            assert sample, line
+            key = sample[1], frozenset(re.findall(label, sample[2] or ""))
+            assert key not in found, line
+            found[key] = float(sample[7])
+    return found
+
+
+async def scrape(client: DefaultAsyncHttpxClient) -> Samples:
+    response = await client.get("/metrics")
+    assert response.status_code == 200
+    return samples(response.text)
+
+
+def by_label(found: Samples, name: str, label: str) -> dict[str, float]:
+    """The samples of *name* that are not 0, by the value of one *label*."""
+    return {dict(labels)[label]: value for (n, labels), value in found.items() if n == name}
+
+
+def histogram(**more: str) -> Labels:
+    names = {"operation_name": "chat", "provider_name": "openai", "request_model": MODEL}
+    return frozenset({**{f"gen_ai_{name}": value for name, value in names.items()}, **more}.items())
+
+
+async def test_metrics_are_prometheus_text_with_every_family_before_the_first_ask(client):
+    response = await client.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert response.text.endswith("\n")
+    lines = response.text.splitlines()
+    for family, kind in FAMILIES.items():
+        help_at = next(i for i, line in enumerate(lines) if line.startswith(f"# HELP {family} "))
+        assert lines[help_at + 1] == f"# TYPE {family} {kind}"
+    found = samples(response.text)
+    assert sum(line.startswith("#") for line in lines) == 2 * len(FAMILIES)
+    (started,) = (value for (name, _), value in found.items() if name.startswith("process"))
+    assert 0 <= time.time() - started < 60
+    outcomes = by_label(found, "openai_backend_asks_total", "outcome")
+    assert outcomes == {"finished": 0, "cancelled": 0, "failed": 0}
+
+
+async def test_each_ask_is_counted_under_how_it_ended_in_the_buckets_of_the_contract(start):
+    hang = stream(chunk("Ho"), Call.hang)
+    plain = completion("Hola") | {"usage": THREE_FIGURES}
+    client = await start(COUNTED, replies(200, plain), replies(404), hang)
+    for ask in (ASK, PLAIN, PLAIN):
+        await client.post("/ask", json=ask)
+    async with asking(client) as wire:
+        await wire.write()
+        found = await scrape(client)
+        assert found["openai_backend_asks_active", frozenset()] == 1
+    await closings(client, 4)
+    found = await scrape(client)
+    assert found["openai_backend_asks_active", frozenset()] == 0
+    outcomes = by_label(found, "openai_backend_asks_total", "outcome")
+    assert outcomes == {"finished": 2, "cancelled": 1, "failed": 1}
+    assert not by_label(found, "openai_backend_refused_total", "code"), "they had been accepted"
+    series = {
+        (DURATION, histogram(error_type="")): (2, SECOND_BOUNDS),
+        (DURATION, histogram(error_type="cancelled")): (1, SECOND_BOUNDS),
+        (DURATION, histogram(error_type="upstream_rejected")): (1, SECOND_BOUNDS),
+        (FIRST_CHUNK, histogram()): (2, SECOND_BOUNDS),  # only streams have one
+        (TOKENS, histogram(gen_ai_token_type="input")): (2, TOKEN_BOUNDS),
+        (TOKENS, histogram(gen_ai_token_type="output")): (2, TOKEN_BOUNDS),
+    }
+    for (name, labels), (count, bounds) in series.items():
+        edges = [frozenset({*labels, ("le", bound)}) for bound in bounds]
+        counts = [found.pop((f"{name}_bucket", edge)) for edge in edges]
+        assert counts == sorted(counts), "cumulative"
+        assert counts[-1] == found.pop((f"{name}_count", labels)) == count
+        total = found.pop((f"{name}_sum", labels))
+        if name == TOKENS:
+            tokens = 12 if ("gen_ai_token_type", "input") in labels else 3
+            assert total == 2 * tokens
+            assert counts == [0 if math.inf > float(b) < tokens else 2 for b in bounds]
+        else:
+            assert 0 < total < 20
+    assert not [name for name, _ in found if name.startswith("gen_ai")], "no other series"
+
+
+UNREAD = {"content": b"{}", "headers": JSON | {"Content-Type": "text/plain"}}
+CHAT_BODY = {"model": "gpt-other", "messages": [{"role": "user", "content": "Hola"}]}
+
+
+@cases(
+    "settings, path, refused, code",
+    {
+        "host": ({}, "/ask", {"headers": {"Host": "evil.example"}}, "host_not_allowed"),
+        "upgrade": ({}, "/ask", {"headers": {"Upgrade": "h2c"}}, "upgrade_not_supported"),
+        "origin": ({}, "/ask", {"headers": {"Origin": "http://evil.io"}}, "origin_not_allowed"),
+        "token": ({"api_token": TOKEN, "admin_token": ""}, "/ask", {}, "unauthorized"),
+        "type": ({}, "/ask", UNREAD, "unsupported_media_type"),
+        "size": ({"max_body_bytes": 5}, "/ask", {}, "body_too_large"),
+        "JSON": ({}, "/ask", {"content": b"{", "headers": JSON}, "invalid_json"),
+        "field": ({}, "/ask", {"json": {"prompt": " "}}, "invalid_request"),
+        "model": ({}, "/ask", {"json": ASK | {"model": "gpt-other"}}, "invalid_request"),
+        "v1 model": ({}, "/v1/chat/completions", {"json": CHAT_BODY}, "model_not_found"),
+        "key": ({"openai_api_key": ""}, "/ask", {}, "not_configured"),
+        "rate": ({"rate_limit": 1}, "/ask", {}, "too_many_asks"),
+        "budget": ({"daily_tokens": 1}, "/ask", {}, "budget_exhausted"),
+    },
+)
+async def test_a_refused_ask_is_counted_once_under_its_code(start, settings, path, refused, code):
+    client = await start(**settings)
+    if code in {"too_many_asks", "budget_exhausted"}:
+        assert (await client.post("/ask", json=ASK)).status_code == 200
+    asked = refused if {"json", "content"} & refused.keys() else refused | {"json": ASK}
+    response = await client.post(path, **asked)
+    assert f'"{code}"' in response.text
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    found = samples((await client.get("/metrics", headers=headers)).text)
+    assert by_label(found, "openai_backend_refused_total", "code") == {code: 1}
+    counted = sum(by_label(found, "openai_backend_asks_total", "outcome").values())
+    assert counted == (code in {"too_many_asks", "budget_exhausted"})
+    assert "gpt-other" not in str(found)
+
+
+async def test_a_body_that_does_not_come_is_refused_and_one_that_is_left_is_not(start):
+    client = await start(client_timeout=0.05)
+    head = "POST /ask HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    body = "Content-Length: 50\r\n\r\n{"
+    assert await raw(client, head + body) == "request_timeout"
+    client = await start()
+    _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(f"{head}{body}".encode())
+    await writer.drain()
+    assert not by_label(await scrape(client), "openai_backend_refused_total", "code")
+    writer.close()
+    await writer.wait_closed()
+    for _ in range(5):
+        assert not by_label(await scrape(client), "openai_backend_refused_total", "code")
+
+
+async def test_an_ask_without_a_free_place_is_a_refused_one(start):
+    client = await start(stream(chunk("Ho"), Call.hang), max_concurrent_asks=1)
+    async with asking(client) as wire:
+        await wire.write()
+        for _ in range(2):
+            problem(await client.post("/ask", json=ASK), "overloaded")
+        found = await scrape(client)
+    assert by_label(found, "openai_backend_refused_total", "code") == {"overloaded": 2}
+    assert found["openai_backend_asks_active", frozenset()] == 1
+
+
+async def test_model_labels_come_from_the_settings_whatever_an_upstream_or_a_caller_says(start):
+    names = ('caf\u00e9 "4o" \\ {x}', "gpt-second")
+    client = await start(openai_model=names[0], openai_models=names[1:])
+    for model in (*names, "gpt-made-up"):
+        await client.post("/ask", json=ASK | {"model": model}, headers={"X-Request-ID": "made-up"})
+    for path in ("/made-up", "/v1/made-up", "/ask?made-up=1"):
+        await client.get(path)
+    text = (await client.get("/metrics")).text
+    found = by_label(samples(text), f"{DURATION}_count", "gen_ai_request_model")
+    # The format's three escapes are for the backslash, the quote and the line feed.
+    assert found == {'caf\u00e9 \\"4o\\" \\\\ {x}': 1, "gpt-second": 1}
+    assert not re.search("gpt-real|made-up", text)
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+async def test_a_scrape_writes_no_event(start, level):
+    client = await start(log_level=level)
+    before = await load(client)
+    await scrape(client)
+    await scrape(client)
+    assert await load(client) == before
+
+
+@cases(
+    "values, expected",
+    {
+        "none": ([], [0, 0, 0, 0.0, 0]),
+        "on a bound": ([1, 4.0], [1, 2, 2, 5.0, 2]),
+        "between": ([0, 1.5], [1, 2, 2, 1.5, 2]),
+        "above all": ([5, 10**12], [0, 0, 2, 10**12 + 5, 2]),
+    },
+)
+def test_a_histogram_counts_what_is_at_most_a_bound(values, expected):
+    counted = Histogram((1.0, 4.0))
+    for value in values:
+        counted.observe(value)
+    lines = list(counted.lines("size", 'a="b"'))
+    assert [float(line.rpartition(" ")[2]) for line in lines] == expected
+    bounds = ['le="1"', 'le="4"', 'le="+Inf"']
+    names = [*(f'size_bucket{{a="b",{bound}}}' for bound in bounds), 'size_sum{a="b"}']
+    assert [line.rpartition(" ")[0] for line in lines] == [*names, 'size_count{a="b"}']
+
+
+def test_the_exposition_tells_the_counters_and_codes_as_they_are():
+    metrics = Metrics()
+    for code in ("invalid_json", "overloaded", "overloaded"):
+        metrics.count_refused(code)
+    metrics.observe(TOKENS, 5, "m", "gen_ai_token_type", "input")
+    found = samples("\n".join(metrics.exposition(AskCounters(2, 9, 3, 1))))
+    named = {name: value for (name, labels), value in found.items() if not labels}
+    assert named == {
+        "openai_backend_asks_active": 2,
+        "process_start_time_seconds": pytest.approx(metrics.started, abs=0.001),
+    }
+    outcomes = by_label(found, "openai_backend_asks_total", "outcome")
+    assert outcomes == {"finished": 3, "cancelled": 1, "failed": 3}
+    refused = by_label(found, "openai_backend_refused_total", "code")
+    assert refused == {"invalid_json": 1, "overloaded": 2}
+    assert by_label(found, f"{TOKENS}_sum", "gen_ai_request_model") == {"m": 5}
+
+
+def jwt(secret: str, **claims: object) -> str:
+    """A JSON Web Token, valid for a minute."""
+
+    def encoded(data: bytes) -> str:
+        return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+    parts = {"alg": "HS256"}, {"exp": time.time() + 60, **claims}
+    signed = ".".join(encoded(json.dumps(part).encode()) for part in parts)
+    digest = hmac.digest(secret.encode(), signed.encode(), hashlib.sha256)
+    return f"{signed}.{encoded(digest)}"
+
+
+@pytest.mark.parametrize("asked_to_stream", [True, False])
+async def test_a_closing_event_tells_usage_user_and_what_was_ignored(start, asked_to_stream):
+    usage = THREE_FIGURES | {"completion_tokens_details": {"reasoning_tokens": 2}}
+    refusal = refused("no", code="unsupported_parameter", param="temperature")
+    last = chunk(finish_reason="stop", usage=usage) + DONE
+    plain = completion("Hola") | {"usage": usage}
+    good = stream(chunk("Hola"), last, Call.end) if asked_to_stream else replies(200, plain)
+    secret = "s" * 32
+    client = await start(replies(400, refusal), good, jwt_secret=secret, admin_token=TOKEN)
+    headers = {"Authorization": f"Bearer {jwt(secret, sub='ana@example.com')}"}
+    for ask in (ASK | {"temperature": 0.7}, ASK):
+        sent = ask | {"stream": asked_to_stream}
+        assert (await client.post("/ask", json=sent, headers=headers)).status_code == 200
+    client.headers["Authorization"] = f"Bearer {TOKEN}"
+    adapted, plainly = (event["metadata"] for event in await closings(client, 2))
+    figures: dict[str, object] = {
+        "prompt_tokens": 12,
+        "completion_tokens": 3,
+        "reasoning_tokens": 2,
+    }
+    figures |= {"tokens_used": 15, "user": "ana@example.com"}
+    assert adapted == adapted | figures | {"ignored": ["temperature"]}
+    assert plainly == plainly | figures
+    assert "ignored" not in plainly
+
+
+def ring(capacity: int = 100, secret: str = "hunter22") -> EventLog:
+    return EventLog(capacity, re.compile(secret))
+
+
+def logged(sink: EventLog, *names: str, level: str = "info", **more: object) -> None:
+    for name in names:
+        sink(None, level, {"timestamp": "2026-01-04T12:00:00.123456Z", "event": name, **more})
+
+
+async def names(source: EventLog | LogDatabase, level: str | None = None, limit: int = 1000) -> Any:
+    return [event["message"] for event in await source.tail(level=level, limit=limit)]
+
+
+async def test_the_ring_keeps_the_newest_filters_and_then_limits():
+    sink = ring(4)
+    logged(sink, "a", "b", level="error")
+    logged(sink, "c", "d", "e")
+    assert await names(sink) == ["b", "c", "d", "e"]
+    assert await names(sink, "ERROR") == ["b"]
+    assert await names(sink, "INFO", 2) == ["d", "e"]
+    assert [(number, event["message"]) for number, event in sink.since(3)] == [(4, "d"), (5, "e")]
+    assert (sink.since(5), len(sink.since(0))) == ([], 4)
+
+
+@cases(
+    "value, kept",
+    {
+        "secret": ("my hunter22 here", "my *** here"),
+        "in bytes": (b"hunter22", "b'***'"),
+        "in a list": (("a", ["hunter22"]), ["a", ["***"]]),
+        "in a dict": ({"hunter22": {1: "hunter22"}}, {"***": {"1": "***"}}),
+        "numbers": ([1, 1.5, True, None], [1, 1.5, True, None]),
+        "no number of JSON": ([math.inf, math.nan], ["inf", "nan"]),
+        "long": ("x" * 2001, f"{'x' * 997} [...] {'x' * 996}"),
+        "long list": (list(range(101)), list(range(100))),
+    },
+)
+async def test_the_ring_masks_and_cuts_values_and_keeps_their_shape(value, kept):
+    sink = ring()
+    logged(sink, "a", value=value)
+    (event,) = await sink.tail(level=None, limit=1)
+    assert event["metadata"] == {"value": kept}
+
+
+def rows(path: Path) -> list[Any]:
+    """The events in the file at *path*, in the order in which they were written."""
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        found = connection.execute("SELECT event FROM events ORDER BY id").fetchall()
+    return [json.loads(event) for (event,) in found]
+
+
+async def stored(path: Path, enough: Callable[[list[str]], object]) -> list[str]:
+    """The messages in the file at *path*, as soon as they are *enough*."""
+    messages: list[str] = []
+    async with asyncio.timeout(10):
+        while not enough(messages):
+            await asyncio.sleep(0.01)
+            try:
+                messages = [event["message"] for event in rows(path)]
+            except sqlite3.Error:  # there is no such file yet, or it is locked
+                messages = []
+    return messages
+
+
+@contextmanager
+def locked(path: Path, *pragmas: str) -> Iterator[None]:
+    """The file at *path* in the hands of somebody else."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}").fetchall()
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+        connection.rollback()
+
+
+async def test_events_outlive_the_process_however_it_ends_and_a_stop_loses_none(tmp_path):
+    path = tmp_path / "log.db"
+    env = {"OPENAI_API_KEY": "demo", "API_PORT": "0", "LOG_DATABASE": str(path)}
+    shown: list[Any] = []
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        async with launched(SERVICE, cwd=tmp_path, **env) as running:
+            kept = await load(running.client)
+            assert [event["message"] for event in kept[: len(shown)]] == shown
+            await running.client.post("/ask", json={"prompt": "/empty"})
+            await stored(path, lambda now: now[len(shown) :].count("ask finished") == 1)  # noqa: B023
+            running.process.send_signal(end)
+            shown += [event["message"] for event in await running.ended()]
+    assert shown[-1].startswith("Finished server process")
+    assert [event["message"] for event in rows(path)] == shown
+
+
+@asynccontextmanager
+async def two_workers(cwd: Path, **env: str) -> AsyncIterator[str]:
+    """The URL of a service in two processes, both of which have ended after the block."""
+    async with python(*UVICORN, "--workers", "2", cwd=cwd, **env) as child:
+        assert child.stderr
+        line = (await child.stderr.readuntil(b"Press CTRL+C")).decode()
+        try:
+            yield re.findall(r"http://[\w.:]+", line)[-1]
+        finally:
+            child.terminate()  # a parent that is killed leaves its workers behind
+            await child.communicate()
+
+
+async def test_workers_share_one_file_and_each_answers_with_the_events_of_all(tmp_path):
+    path, asked = tmp_path / "log.db", {f"ask-{number}" for number in range(8)}
+    async with two_workers(tmp_path, OPENAI_API_KEY="demo", LOG_DATABASE=str(path)) as url:
+        await stored(path, lambda now: now.count("Application startup complete.") == 2)
+        for request_id in asked:
+            headers = {"X-Request-ID": request_id}
+            async with DefaultAsyncHttpxClient(base_url=url, headers=headers) as client:
+                assert (await client.post("/ask", json={"prompt": "/empty"})).status_code == 200
+        messages = await stored(path, lambda now: now.count("ask finished") == 8)
+        for _ in range(6):  # each a connection of its own, which either worker may take
+            async with Client(base_url=url) as client:
+                kept = await load(client)
+            assert [event["message"] for event in kept] == messages
+        assert asked <= {(each["metadata"] or {}).get("request_id") for each in kept}
+    ended = [event["message"] for event in rows(path)]
+    assert len([each for each in ended if each.startswith("Finished server process")]) == 2
+
+
+@asynccontextmanager
+async def opened(path: Path, *rings: EventLog) -> AsyncIterator[list[LogDatabase]]:
+    """The file at *path*, as processes with these *rings* would have it open."""
+    databases = [LogDatabase(str(path), each) for each in rings]
+    yield databases
+    for each in databases:
+        each.close()
+
+
+def log_to(ring: EventLog, database: LogDatabase, *names: str, **more: Any) -> None:
+    """Log *names* through both, as configure_logging has them."""
+    for name in names:
+        logged(ring, name, **more)
+        database(None, "info", {})
+
+
+@pytest.mark.parametrize("name", ["log.db", "a b%20c.db", "a?b#c&d.db", "\u00e9\U0001f600.db"])
+async def test_the_file_answers_with_the_newest_of_all_filtered_and_then_limited(tmp_path, name):
+    path, ours, theirs = tmp_path / name, ring(5), ring(5)
+    async with opened(path, ours, theirs) as (one, other):
+        log_to(ours, one, "a", "b", level="error")
+        await stored(path, lambda now: len(now) == 2)
+        log_to(theirs, other, "c")
+        await stored(path, lambda now: len(now) == 3)
+        log_to(ours, one, "d", "e", "f")
+        # Whether or not they have been written yet.
+        assert await names(one) in (list("abcdef")[-5:], list("abcdef"))
+        assert await names(one, limit=2) == ["e", "f"]
+        await stored(path, lambda now: now == list("bcdef"))
+        for source in (one, other):
+            assert await names(source) == list("bcdef")
+            assert await names(source, limit=2) == ["e", "f"]
+            assert await names(source, "ERROR") == ["b"]
+            assert await names(source, "ERROR", 1) == ["b"]
+            assert await names(source, "INFO", 3) == ["d", "e", "f"]
+    assert os.listdir(tmp_path) == [name], "closed in good order"
+
+
+async def test_an_answer_while_the_file_is_being_written_is_never_out_of_order(tmp_path):
+    path, ours = tmp_path / "log.db", ring(1000)
+    async with opened(path, ours) as (database,):
+        for number in range(300):
+            log_to(ours, database, str(number))
+            assert await names(database, limit=3) == [
+                str(each) for each in range(max(0, number - 2), number + 1)
+            ]
+        await stored(path, lambda now: now == [str(each) for each in range(300)])
+
+
+async def test_there_are_never_more_rows_than_the_buffer_holds_and_the_file_stops_growing(tmp_path):
+    path, ours = tmp_path / "log.db", ring(20)
+    more = {f"key-{number}": "x" * 2000 for number in range(20)}
+    async with opened(path, ours) as (database,):
+        sizes, written = [], 0
+        for batch in range(30):
+            for number in range(20):
+                log_to(ours, database, f"{batch}.{number}", **more)
+            messages = await stored(path, lambda now: now[-1:] == [f"{batch}.19"])  # noqa: B023
+            assert len(messages) == 20
+            written += 20 * 40_000
+            sizes.append(sum(each.stat().st_size for each in tmp_path.iterdir()))
+    assert written > 2 * max(sizes)
+    assert max(sizes[15:]) <= 1.3 * max(sizes[:15])
+
+
+async def test_nothing_secret_is_in_the_file(start, tmp_path):
+    path, secret = tmp_path / "log.db", "s" * 40
+    settings = {"api_token": TOKEN, "admin_token": "admin-token-1", "jwt_secret": secret}
+    settings |= {"system_prompt": "XYLOPHONE", "log_level": "DEBUG", "log_database": str(path)}
+    scripts = stream(chunk("ZYZZYVA") + DONE, Call.end), replies(401, refused(f"no: {KEY}"))
+    client = await start(*scripts, replies(400, refused(f"ZYZZYVA {KEY}")), **settings)
+    users = jwt(secret, sub="ana"), jwt("t" * 32, sub="ana")
+    for token in (TOKEN, "admin-token-1", *users, TOKEN):
+        headers = {"Authorization": f"Bearer {token}"}
+        await client.post("/ask", json={"prompt": "QUOKKAS"}, headers=headers)
+    structlog.get_logger().error(f"failed with {KEY} and {users[0]}", header=f"Bearer {users[1]}")
+    await stored(path, lambda now: now[-1:] == ["failed with *** and ***"])
+    found = b"".join(each.read_bytes() for each in tmp_path.iterdir())
+    assert found.count(b"ask f") >= 3
+    tokens = [user.rpartition(".")[2] for user in users]
+    for each in (KEY, TOKEN, "admin-token", secret, *tokens, "XYLOPHONE", "ZYZZYVA", "QUOKKAS"):
+        assert each.encode() not in found
+
+
+def other_table(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, text TEXT)")
+
+
+UNUSABLE: dict[str, Callable[[Path], object]] = {
+    "its directory is missing": lambda path: path.parent.rmdir(),
+    "a directory": Path.mkdir,
+    "a text": lambda path: path.write_text("This is my diary, and no database.\n" * 100),
+    "a short text": lambda path: path.write_text("diary"),
+    "bytes": lambda path: path.write_bytes(bytes(range(256)) * 64),
+    "a database with other events": other_table,
+}
+
+
+@cases("prepare", UNUSABLE)
+def test_a_path_that_cannot_be_used_is_told_in_one_line_and_left_as_it_is(tmp_path, prepare):
+    path = tmp_path / "sub" / "log.db"
+    path.parent.mkdir()
+    prepare(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(ConfigError) as told:
+        LogDatabase(str(path), ring())
+    message = str(told.value)
+    assert re.fullmatch(r"LOG_DATABASE: '.*/log\.db' .+", message)
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+@pytest.mark.parametrize("kind", ["text", "read-only"])
+async def test_a_path_that_cannot_be_used_stops_the_start(tmp_path, kind):
+    path = tmp_path / "log.db"
+    if kind == "text":
+        path.write_text("This is my diary, and no database.\n" * 100)
+    else:
+        LogDatabase(str(path), ring()).close()
+        path.chmod(0o444)
+    # Even root must obey the permissions of the file.
+    obedient = ("setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner")
+    command = (*(obedient if os.geteuid() == 0 else ()), sys.executable, SERVICE)
+    env = {"OPENAI_API_KEY": "demo", "API_PORT": "0", "LOG_DATABASE": str(path)}
+    execute = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
+    code, out, errors = await finished("-c", execute, *command, cwd=tmp_path, **env)
+    assert (code, out, len(errors)) == (2, "", 1)
+    assert errors[0].startswith("LOG_DATABASE: ")
+
+
+async def test_a_file_that_is_locked_neither_fails_nor_holds_up_an_ask(start, tmp_path):
+    path, pieces = tmp_path / "log.db", 60
+    heard = asyncio.Event()
+
+    async def in_step(call: Call) -> None:
+        await call.start()
+        for _ in range(pieces):
+            structlog.get_logger().info("step")
+            await call.say("la")
+            await heard.wait()
+            heard.clear()
+        await call.write(DONE)
+        await call.end()
+
+    client = await start(in_step, answer, log_database=str(path))
+    await stored(path, lambda now: "Application startup complete." in now)
+    with locked(path):
+        began = time.monotonic()
+        async with asking(client) as wire:
+            for _ in range(pieces):
+                await wire.write()
+                heard.set()
+            await wire.rest()
+        for _ in range(5):
+            assert (await client.post("/ask", json=ASK)).status_code == 200
+        assert time.monotonic() - began < 6, "or each event has waited for the lock"
+        kept = [event["message"] for event in await load(client)]
+        assert (kept.count("step"), kept.count("ask finished")) == (pieces, 6)
+        assert "step" not in {event["message"] for event in rows(path)}
+    assert await stored(path, lambda now: now.count("ask finished") == 6) == kept
+
+
+@cases(
+    "prepare, pragmas",
+    {
+        "new": (lambda path: None, ()),
+        "in use": (lambda path: LogDatabase(str(path), ring()).close(), ()),
+        "readers too": (lambda path: None, ("locking_mode = EXCLUSIVE", "journal_mode = WAL")),
+    },
+)
+async def test_a_file_that_is_locked_at_the_start_is_written_later(
+    start, tmp_path, prepare, pragmas
+):
+    path = tmp_path / "log.db"
+    prepare(path)
+    with locked(path, *pragmas):
+        client = await start(log_database=str(path))
+        assert (await client.post("/ask", json=ASK)).status_code == 200
+        kept = [event["message"] for event in await load(client)]
+        assert kept[-1] == "ask finished"
+    assert await stored(path, lambda now: "ask finished" in now) == kept
+
+
+async def test_a_lock_that_outlasts_the_service_does_not_hold_up_its_end(tmp_path):
+    path = tmp_path / "log.db"
+    env = {"OPENAI_API_KEY": "demo", "API_PORT": "0", "LOG_DATABASE": str(path)}
+    async with launched(SERVICE, cwd=tmp_path, **env) as running:
+        await stored(path, lambda now: "Application startup complete." in now)
+        with locked(path):
+            for _ in range(50):
+                await running.client.post("/ask", json={"prompt": "/empty"})
+                await asyncio.sleep(0.1)  # so that tries and events meet at all times
+            running.process.send_signal(signal.SIGINT)
+            async with asyncio.timeout(4):
+                ended = await running.ended()
+    assert [event["message"] for event in ended].count("ask finished") == 50
+
+
+def replaced(path: Path, data: bytes) -> None:
+    other = path.with_name("other")
+    other.write_bytes(data)
+    other.replace(path)
+
+
+def replaced_by_a_copy(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as theirs:
+        theirs.execute(f"VACUUM INTO '{path}.copy'")
+    Path(f"{path}.copy").replace(path)
+
+
+GARBAGE = b"This is no database. " * 1000
+
+
+@cases(
+    "harm, remedy",
+    {
+        "deleted": (Path.unlink, None),
+        "deleted with its -wal and -shm": (
+            lambda path: [each.unlink() for each in path.parent.glob("log.db*")],
+            None,
+        ),
+        "moved away": (lambda path: path.rename(f"{path}.old"), None),
+        "replaced by an empty file": (lambda path: replaced(path, b""), None),
+        "replaced by a copy": (replaced_by_a_copy, None),
+        "replaced by garbage": (lambda path: replaced(path, GARBAGE), Path.unlink),
+        "emptied": (lambda path: path.write_bytes(b""), Path.unlink),
+        "overwritten with garbage": (lambda path: path.write_bytes(GARBAGE), Path.unlink),
+        "its directory removed": (
+            lambda path: shutil.rmtree(path.parent),
+            lambda path: path.parent.mkdir(),
+        ),
+    },
+)
+async def test_a_file_that_is_taken_away_loses_nothing(start, tmp_path, harm, remedy):
+    path = tmp_path / "sub" / "log.db"
+    path.parent.mkdir()
+    client = await start(log_database=str(path))
+    await client.post("/ask", json=ASK)
+    await stored(path, lambda now: now.count("ask finished") == 1)
+    harm(path)
+    assert [event["message"] for event in await load(client)].count("ask finished") == 1
+    for count in (2, 3):
+        assert (await client.post("/ask", json=ASK)).status_code == 200
+        kept = [event["message"] for event in await load(client)]
+        assert kept.count("ask finished") == count
+    if remedy:
+        remedy(path)
+    assert await stored(path, lambda now: now.count("ask finished") == 3) == kept
+    await client.post("/ask", json=ASK)
+    assert await stored(path, lambda now: now.count("ask finished") == 4) == [*kept, kept[-1]]
+    assert await load(client) == rows(path)
+
+
+async def test_a_full_disk_fails_no_ask_and_what_waited_is_written_when_there_is_room(tmp_path):
+    path = tmp_path / "log.db"
+    env = {"OPENAI_API_KEY": "demo", "API_PORT": "0", "LOG_DATABASE": str(path)}
+    async with launched(SERVICE, cwd=tmp_path, **env) as running:
+        await stored(path, lambda now: "Application startup complete." in now)
+        written = (tmp_path / "log.db-wal").stat().st_size
+        full = resource.RLIMIT_FSIZE, (written, resource.RLIM_INFINITY)
+        resource.prlimit(running.process.pid, *full)
+        for _ in range(5):
+            response = await running.client.post("/ask", json={"prompt": "/empty"})
+            assert events(response.content)[-1] == "[DONE]"
+        kept = [event["message"] for event in await load(running.client)]
+        assert kept.count("ask finished") == 5
+        await asyncio.sleep(0.3)  # so that a try has failed, and another one must come
+        assert "ask finished" not in {event["message"] for event in rows(path)}
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, unlimited)
+        assert await stored(path, lambda now: now.count("ask finished") == 5) == kept
+        running.process.send_signal(signal.SIGTERM)
+        assert [event["message"] for event in await running.ended()][: len(kept)] == kept
