@@ -38,7 +38,15 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -96,7 +104,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 VERSION = "1.0.0"
 JSON, PROBLEM, SSE = "application/json", "application/problem+json", "text/event-stream"
-TEXT = "text/plain; charset=utf-8"
 # To look behind before the first letter would take three times as long.
 KEY_SHAPED = (
     r"sk-(?<![A-Za-z0-9]sk-)[\w*.-]+"
@@ -755,6 +762,8 @@ class Failure(HTTPException):
         self.code: Code = code
         self.retry_after = retry_after
         self.errors = list(errors)
+        # It ended an ask that was accepted, which is counted there.
+        self.counted = False
 
     def problem(self, request_id: str) -> Problem:
         status = self.status_code
@@ -823,10 +832,10 @@ async def error_response(request: Request[Any], exc: Exception) -> Response:
         failure = Failure(code, headers=exc.headers)
     else:
         failure = Failure("internal_error")
-    path, state = route_path(request.scope), request.scope.get("state", {})
-    left = isinstance(exc, ClientDisconnect)
-    if path in ASK_PATHS and "accepted" not in state and not left:
-        state["metrics"].count_refused(failure.code)
+    path = route_path(request.scope)
+    answered = not isinstance(exc, ClientDisconnect | ConnectionCut)
+    if path in ASK_PATHS and answered and not failure.counted:
+        request.scope["state"]["metrics"].count_refused(failure.code)
     if path == "/v1" or path.startswith("/v1/"):
         return json_response(failure.openai_error(), failure.status_code, failure.headers)
     problem = failure.problem(get_contextvars()["request_id"])
@@ -1064,6 +1073,17 @@ class StallTimeout:
     read and write would cost 5 % of a chunk, so a timer looks only when the limit may be over.
     """
 
+    __slots__ = (
+        "cancelling",
+        "clock",
+        "expired",
+        "limit",
+        "loop",
+        "task",
+        "timer",
+        "waiting_since",
+    )
+
     def __init__(self, limit: float, waiting_since: float | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.clock = self.loop.time
@@ -1074,7 +1094,7 @@ class StallTimeout:
     async def __aenter__(self) -> "StallTimeout":
         self.task = cast("asyncio.Task[object]", asyncio.current_task(self.loop))
         self.cancelling = self.task.cancelling()
-        self.look()
+        self.arm(self.clock())
         return self
 
     async def __aexit__(
@@ -1089,20 +1109,23 @@ class StallTimeout:
         if only_ours and exc_type is asyncio.CancelledError:
             raise TimeoutError from exc
 
+    def arm(self, now: float) -> None:
+        since = now if self.waiting_since is None else self.waiting_since
+        self.timer = self.loop.call_at(since + self.limit, self.look)
+
     def look(self) -> None:
         now = self.clock()
-        due = (now if self.waiting_since is None else self.waiting_since) + self.limit
-        if due <= now:
+        if self.waiting_since is not None and self.waiting_since + self.limit <= now:
             self.expired = True
             self.task.cancel()
         else:
-            self.timer = self.loop.call_at(due, self.look)
+            self.arm(now)
 
     def restart(self, limit: float) -> None:
         """Wait from now on, *limit* seconds at most."""
         self.timer.cancel()
         self.limit, self.waiting_since = limit, self.clock()
-        self.look()
+        self.arm(self.waiting_since)
 
 
 async def discard_body(receive: Receive) -> None:
@@ -1147,7 +1170,7 @@ async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks: *user* is the `sub` of a JSON Web Token, *key* what RATE_LIMIT counts by."""
 
@@ -1407,7 +1430,7 @@ class Metrics:
         yield f"process_start_time_seconds {self.started:.3f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """An ask, in whatever format it came, as it goes to the model."""
 
@@ -1420,10 +1443,6 @@ class ChatRequest:
     # All other fields, `temperature` among them.
     parameters: JsonObject
     prompt_chars: int
-
-    @cached_property
-    def texts(self) -> list[str]:
-        return list(texts_of(self.messages))
 
 
 def texts_of(messages: Iterable[JsonObject]) -> Iterator[str]:
@@ -1558,27 +1577,26 @@ TEXT_CHUNK = re.compile(
 )
 
 
+@dataclass(slots=True)
 class Completion:
     """What the upstream has said so far: a fold of its chunks, or of its one plain answer."""
 
-    def __init__(self, model: str, part: Literal["delta", "message"]) -> None:
-        self.model = model
-        self.part = part
-        self.finish_reason: str | None = None
-        self.tokens_used: int | None = None
-        self.usage: Usage = {}
-        self.answer_chars = 0
-        self.reasoning_chars = 0
-        # [DONE] was read.
-        self.done = False
-        # The choices begun, by index, and whether each has its finish_reason.
-        self.choices: dict[int, bool] = {}
-        # A plain answer must have one; a stream may be without a piece.
-        self.has_message = part == "delta"
-        # How the event of a chunk begins, up to its choices.
-        self.opening = b""
-        # The model refuses `temperature`, so it was left out.
-        self.ignored = False
+    model: str
+    part: Literal["delta", "message"]
+    finish_reason: str | None = None
+    tokens_used: int | None = None
+    usage: Usage = field(default_factory=Usage)
+    answer_chars: int = 0
+    reasoning_chars: int = 0
+    # [DONE] was read.
+    done: bool = False
+    # The choices begun, by index, and whether each has its finish_reason.
+    choices: dict[int, bool] = field(default_factory=dict)
+    has_message: bool = False
+    # How the event of a chunk begins, up to its choices.
+    opening: bytes = b""
+    # The model refuses `temperature`, so it was left out.
+    ignored: bool = False
 
     @property
     def complete(self) -> bool:
@@ -1859,8 +1877,8 @@ class Upstream:
     @asynccontextmanager
     async def stream(
         self, request: ChatRequest, may_retry: Callable[[], bool]
-    ) -> AsyncIterator[tuple[JsonObject, AsyncIterator[bytes]]]:
-        """The body sent and the reads of the model's answer, closed at the end of the block.
+    ) -> AsyncIterator[tuple[bool, AsyncIterator[bytes]]]:
+        """Whether `temperature` was left out, and the answer's reads; closed with the block.
 
         All that fails is a Failure; *may_retry* says whether the client is still untouched.
         """
@@ -1868,10 +1886,10 @@ class Upstream:
         ended = False
         try:
             async with stall:
-                body, response = await self._open(request, may_retry, stall)
+                response, left_out = await self._open(request, may_retry, stall)
                 try:
                     reads = self._reads(response, stall)
-                    yield body, reads
+                    yield left_out, reads
                     ended = True
                     # Only a response read to its end leaves a connection that is used again.
                     stall.restart(0.2)
@@ -1888,19 +1906,23 @@ class Upstream:
 
     async def _open(
         self, request: ChatRequest, may_retry: Callable[[], bool], stall: StallTimeout
-    ) -> tuple[JsonObject, httpx2.Response]:
-        """The upstream's 200, after as many tries as it takes and the settings allow."""
+    ) -> tuple[httpx2.Response, bool]:
+        """The upstream's 200, after as many tries as it takes and the settings allow.
+
+        Beside it, whether `temperature` was left out.
+        """
         tries, adapted = 0, set[str]()
         stall.waiting_since = silent_since = stall.clock()
         while True:
             body = self.body(request)
             try:
-                return body, await self._request("POST", self.completions_url, body)
+                left_out = "temperature" in request.parameters.keys() - body.keys()
+                return await self._post(body), left_out
             except Failure as failure:
                 name = None
                 if isinstance(failure.__cause__, Refusal):
                     stall.waiting_since = silent_since = stall.clock()
-                    name = unsupported_parameter(failure.__cause__, request.texts)
+                    name = unsupported_parameter(failure.__cause__, texts_of(request.messages))
                 extra = self.settings.openai_extra_body or {}
                 if name in body.keys() - extra.keys() and OTHER_NAME.get(name) not in adapted:
                     self.remember_unsupported(request.model, name)
@@ -1917,35 +1939,27 @@ class Upstream:
                 if not may_retry():  # a heartbeat went out meanwhile
                     raise
 
-    async def _request(
-        self, method: Literal["GET", "POST"], url: str, body: JsonObject | None = None
-    ) -> httpx2.Response:
+    async def _post(self, body: JsonObject) -> httpx2.Response:
+        call = self.client.post(
+            self.completions_url,
+            content=utf8_json(to_json(body)),
+            options=OPTIONS,
+            cast_to=httpx2.Response,
+            stream=True,
+            stream_cls=AsyncStream[object],
+        )
+        return await self._answered(call)
+
+    async def _answered(self, call: Awaitable[object]) -> httpx2.Response:
         """The head of a 200; all else is a Failure."""
         try:
-            if method == "GET":
-                response: object = await self.client.get(
-                    url,
-                    options=OPTIONS,
-                    cast_to=httpx2.Response,
-                    stream=True,
-                    stream_cls=AsyncStream[object],
-                )
-            else:
-                response = await self.client.post(
-                    url,
-                    content=utf8_json(to_json(body)),
-                    options=OPTIONS,
-                    cast_to=httpx2.Response,
-                    stream=True,
-                    stream_cls=AsyncStream[object],
-                )
+            return cast(httpx2.Response, await call)
         except Failure:
             raise
         except Refusal as refusal:
             raise from_refusal(refusal, self.settings.secret) from refusal
         except Exception as exc:  # where the bytes are no HTTP, aiohttp's own come through
             raise from_connection_error(exc) from exc
-        return cast(httpx2.Response, response)
 
     async def _reads(self, response: httpx2.Response, stall: StallTimeout) -> AsyncIterator[bytes]:
         """The bytes of an answer as they come; raises a Failure where it breaks off."""
@@ -1973,10 +1987,16 @@ class Upstream:
         return self.reachable
 
     async def _probe(self) -> bool:
+        call = self.client.get(
+            self.models_url,
+            options=OPTIONS,
+            cast_to=httpx2.Response,
+            stream=True,
+            stream_cls=AsyncStream[object],
+        )
         try:
             async with asyncio.timeout(5):
-                response = await self._request("GET", self.models_url)
-                await response.aclose()
+                await (await self._answered(call)).aclose()
                 return True
         except TimeoutError:
             return False
@@ -2034,11 +2054,15 @@ def sse_event(data: object) -> bytes:
 
 
 END_MARK = b"data: [DONE]\n\n"
-STREAM_HEADERS = {
-    "Content-Type": f"{SSE}; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",
-}
+# Headers as ASGI has them, made once.
+RawHeaders = tuple[tuple[bytes, bytes], ...]
+UNBUFFERED: RawHeaders = (
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+)
+STREAM_HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), *UNBUFFERED)
+TEXT_HEADERS = ((b"content-type", b"text/plain; charset=utf-8"), *UNBUFFERED)
+JSON_HEADERS = ((b"content-type", b"application/json"),)
 
 
 class Encoder(Protocol):
@@ -2048,7 +2072,7 @@ class Encoder(Protocol):
     """
 
     @property
-    def headers(self) -> Mapping[str, str]: ...
+    def headers(self) -> RawHeaders: ...
 
     @property
     def heartbeat(self) -> bytes:
@@ -2088,7 +2112,7 @@ class AskEvents:
 class AskJSON:
     """The one JSON object of a plain /ask."""
 
-    headers, heartbeat = {"Content-Type": JSON}, b""
+    headers, heartbeat = JSON_HEADERS, b""
 
     def __init__(self) -> None:
         self.text = {"delta": "", "reasoning": ""}
@@ -2099,7 +2123,7 @@ class AskJSON:
         return b""
 
     def end(self, completion: Completion) -> bytes:
-        if not completion.has_message:
+        if completion.part == "message" and not completion.has_message:
             raise Failure("upstream_error")
         answer = cast(Answer, {"response": self.text["delta"], **ending(completion)})
         if self.text["reasoning"]:
@@ -2113,7 +2137,7 @@ class AskJSON:
 class AskText:
     """The answer itself, piece by piece; only a cut connection can say that it broke off."""
 
-    headers, heartbeat = {**STREAM_HEADERS, "Content-Type": TEXT}, b""
+    headers, heartbeat = TEXT_HEADERS, b""
 
     def __init__(self) -> None:
         # By way of UTF-16, which joins a surrogate pair that came in two pieces.
@@ -2124,7 +2148,7 @@ class AskText:
         return self.joined.decode(text.encode("utf-16-le", "surrogatepass")).encode()
 
     def end(self, completion: Completion) -> bytes:
-        if not completion.has_message:
+        if completion.part == "message" and not completion.has_message:
             raise Failure("upstream_error")
         return self.joined.decode(b"", final=True).encode()
 
@@ -2154,7 +2178,7 @@ class ChatCompletionEvents:
 class ChatCompletionJSON:
     """The upstream's own plain answer, byte for byte."""
 
-    headers, heartbeat = {"Content-Type": JSON}, b""
+    headers, heartbeat = JSON_HEADERS, b""
 
     def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
         return event
@@ -2169,29 +2193,30 @@ class ChatCompletionJSON:
 class ClientStream:
     """The response to one client: whole writes, one at a time, and nothing after its end."""
 
-    def __init__(self, send: Send, headers: Mapping[str, str], stall: StallTimeout) -> None:
+    def __init__(self, send: Send, headers: RawHeaders) -> None:
         self.send = send
-        self.headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        self.stall = stall
+        self.headers = headers
         self.started = self.complete = False
-        self.last_write = stall.clock()
-        self.writing = asyncio.Lock()
+        self.clock = asyncio.get_running_loop().time
+        self.last_write = self.clock()
+        # Set while a write is under way, which a client that does not read holds up.
+        self.writing_since: float | None = None
+        self.lock = asyncio.Lock()
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
-        async with self.writing:
+        async with self.lock:
             if self.complete:
                 return
-            self.stall.waiting_since = self.stall.clock()
+            self.writing_since = self.clock()
             if not self.started:
                 self.started = True
-                if last:
-                    self.headers.append((b"content-length", b"%d" % len(data)))
-                head = {"type": "http.response.start", "status": 200, "headers": self.headers}
-                await self.send(head)
+                length = ((b"content-length", b"%d" % len(data)),) if last else ()
+                headers = (*self.headers, *length)
+                await self.send({"type": "http.response.start", "status": 200, "headers": headers})
             await self.send({"type": "http.response.body", "body": data, "more_body": not last})
             self.complete = last
-            self.stall.waiting_since = None
-            self.last_write = self.stall.clock()
+            self.writing_since = None
+            self.last_write = self.clock()
 
 
 class AppState(TypedDict):
@@ -2205,8 +2230,6 @@ class AppState(TypedDict):
     ask_model: type[Ask]
     chat_model: type[ChatCompletionRequest]
     started: float
-    # Of one request: its ask was accepted, so its end is counted where it ends.
-    accepted: NotRequired[bool]
 
 
 OUTCOME_LEVELS: Mapping[Outcome, int] = {
@@ -2235,11 +2258,9 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.state["admission"].admit(self.request.caller)
-        scope["state"]["accepted"] = True
-        stall = StallTimeout(self.state["settings"].client_timeout)
-        self.client = ClientStream(send, self.encoder.headers, stall)
+        self.client = ClientStream(send, self.encoder.headers)
         try:
-            async with stall, asyncio.TaskGroup() as tasks:
+            async with asyncio.TaskGroup() as tasks:
                 listener = tasks.create_task(self.attend_client(receive))
                 try:
                     await self.relay()
@@ -2248,43 +2269,48 @@ class Exchange:
                 listener.cancel()
         except* ClientDisconnect:
             pass
-        except* TimeoutError:
-            if not stall.expired:
-                raise
         finally:
             self.settle()
         if self.failure and not self.client.started:
+            self.failure.counted = True
             raise self.failure
         if self.client.started and not self.client.complete:
             raise ConnectionCut
 
-    async def listen_for_disconnect(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if not self.client.complete:
-            raise ClientDisconnect
-
     async def attend_client(self, receive: Receive) -> None:
-        """End the ask when its client leaves; send heartbeats while nothing else is sent."""
-        if not self.encoder.heartbeat:
-            return await self.listen_for_disconnect(receive)
-        interval = self.state["settings"].heartbeat_seconds
-        clock, writing = self.client.stall.clock, self.client.writing
-        while not self.client.complete:
-            # A client that holds a write up is sent nothing else meanwhile.
-            quiet_since = clock() if writing.locked() else self.client.last_write
-            with suppress(TimeoutError):
-                async with StallTimeout(interval, quiet_since):
-                    await self.listen_for_disconnect(receive)
-            if clock() >= self.client.last_write + interval and not writing.locked():
-                await self.client.write(self.encoder.heartbeat)
-        return None
+        """End the ask when its client leaves or stops reading; send heartbeats in silence."""
+        client, patience = self.client, self.state["settings"].client_timeout
+        interval = self.state["settings"].heartbeat_seconds if self.encoder.heartbeat else math.inf
+        while not client.complete:
+            now, held_up_since = client.clock(), client.writing_since
+            if held_up_since is None:
+                due = client.last_write + interval
+            else:
+                due = held_up_since + patience
+            if now < due:
+                with suppress(TimeoutError):
+                    async with StallTimeout(min(due - now, patience), now):
+                        while (await receive())["type"] != "http.disconnect":
+                            pass
+                        if not client.complete:
+                            raise ClientDisconnect
+            elif held_up_since is None:
+                try:
+                    async with asyncio.timeout(patience):
+                        await client.write(self.encoder.heartbeat)
+                except TimeoutError as exc:
+                    raise ClientDisconnect from exc
+            else:
+                raise ClientDisconnect
 
     async def relay(self) -> None:
         """The model's answer in the client's format; what arrives together leaves together."""
         upstream = self.state["upstream"]
-        async with upstream.stream(self.request, lambda: not self.client.started) as (sent, reads):
-            self.completion.ignored = "temperature" in self.request.parameters.keys() - sent.keys()
+        async with upstream.stream(self.request, lambda: not self.client.started) as (
+            left_out,
+            reads,
+        ):
+            self.completion.ignored = left_out
             async for read in reads:
                 self.encode(self.decoder.feed(read))
                 if self.completion.done:
@@ -2373,7 +2399,9 @@ class Exchange:
         unreached = failure and failure.code == "upstream_unreachable"
         if unreached or (failure and isinstance(failure.__cause__, Refusal)):
             return 0
-        sent = sum(map(len, self.request.texts)) + len(self.state["settings"].system_prompt)
+        sent = sum(map(len, texts_of(self.request.messages))) + len(
+            self.state["settings"].system_prompt
+        )
         return math.ceil((sent + completion.answer_chars + completion.reasoning_chars) / 4)
 
     def count(self, error_type: str) -> None:
