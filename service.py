@@ -49,7 +49,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -178,7 +178,6 @@ def seconds_from(low: float) -> Callable[[str], float]:
             raise ValueError
         return float(text)
 
-    # A millisecond is as good as nothing, and what rounds to 0 would spin.
     accepted = f"a number of seconds from {low:g} to 999999"
     return matching(accepted, r"[0-9]{1,6}(\.[0-9]{1,6})?", within)
 
@@ -204,14 +203,10 @@ def http_url(text: str) -> str:
     pattern = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?"
     with suppress(ValueError, httpx2.InvalidURL):
         parts = urlsplit(text)
-        numeric = re.fullmatch("[0-9.]+", parts.hostname or "")
-        if not re.fullmatch(pattern, text) or parts.port == 0 or len(text) > 2000:
-            raise ValueError
-        if (
-            text.isprintable()
-            and httpx2.URL(text).host
-            and not (numeric and not parse_ip(numeric[0]))
-        ):
+        like_an_address = re.fullmatch("[0-9.]+", parts.hostname or "")
+        plausible = re.fullmatch(pattern, text) and text.isprintable() and parts.port != 0
+        if plausible and not (like_an_address and not parse_ip(like_an_address[0])):
+            httpx2.URL(text)  # refuses what cannot be asked: too long, no name in the DNS' alphabet
             return text.rstrip("/")
     raise ValueError("an http:// or https:// URL")
 
@@ -585,19 +580,15 @@ class StructlogHandler(logging.Handler):
 
 def escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """Escapes for control characters, which a terminal would obey, and for half surrogate pairs."""
-
-    def escaped(value: object) -> object:
+    for key, value in event.items():
         text = repr(value) if isinstance(value, list | dict) else value
-        if not isinstance(text, str):
-            return value
-        unsafe = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
-        return re.sub(unsafe, lambda found: ascii(found[0])[1:-1], text)
-
-    traceback = event.pop("exception", None)
-    lines = (
-        {"exception": "\n".join(map(str, map(escaped, traceback.split("\n"))))} if traceback else {}
-    )
-    return {key: escaped(value) for key, value in event.items()} | lines
+        if isinstance(text, str):
+            # A traceback keeps its lines.
+            unsafe = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]" + (
+                "" if key == "exception" else r"|\n"
+            )
+            event[key] = re.sub(unsafe, lambda found: ascii(found[0])[1:-1], text)
+    return event
 
 
 def render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
@@ -1306,14 +1297,13 @@ class DailyBudget:
             log.warning("budget exhausted", daily_tokens=self.limit, used=self.used)
 
 
-@dataclass
-class AskCounters:
+class AskCounts(TypedDict):
     """The asks accepted since the start."""
 
-    active: int = 0
-    total: int = 0
-    failed: int = 0
-    cancelled: int = 0
+    active: int
+    total: int
+    failed: int
+    cancelled: int
 
 
 class Admission:
@@ -1323,7 +1313,7 @@ class Admission:
         self.places = settings.max_concurrent_asks
         self.limiter = RateLimiter(settings.rate_limit)
         self.budget = DailyBudget(settings.daily_tokens)
-        self.asks = AskCounters()
+        self.asks = AskCounts(active=0, total=0, failed=0, cancelled=0)
 
     def admit(self, caller: Caller) -> None:
         """Takes a place and one of the caller's asks, or raises a Failure and takes neither."""
@@ -1332,16 +1322,16 @@ class Admission:
             raise Failure("too_many_asks", retry_after=wait)
         if wait := self.budget.wait(time.time()):
             raise Failure("budget_exhausted", retry_after=wait)
-        if self.asks.active >= self.places:
+        if self.asks["active"] >= self.places:
             raise Failure("overloaded", retry_after=1)
         self.limiter.take(caller.key, now)
-        self.asks.active += 1
-        self.asks.total += 1
+        self.asks["active"] += 1
+        self.asks["total"] += 1
 
     def leave(self, outcome: "Outcome", tokens: int) -> None:
-        self.asks.active -= 1
-        self.asks.failed += outcome == "failed"
-        self.asks.cancelled += outcome == "cancelled"
+        self.asks["active"] -= 1
+        self.asks["failed"] += outcome == "failed"
+        self.asks["cancelled"] += outcome == "cancelled"
         self.budget.spend(tokens, time.time())
 
 
@@ -1404,29 +1394,29 @@ class Metrics:
     def count_refused(self, code: Code) -> None:
         self.refused[code] = self.refused.get(code, 0) + 1
 
-    def exposition(self, asks: AskCounters) -> Iterator[str]:
+    def exposition(self, asks: AskCounts) -> Iterator[str]:
         """The lines of Prometheus' text format 0.0.4."""
+
+        def family(name: str, kind: str, meaning: str) -> Iterator[str]:
+            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} {kind}")
+
         for name, (meaning, _) in self.HISTOGRAMS.items():
-            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} histogram")
+            yield from family(name, "histogram", meaning)
             for (model, label, given), histogram in self.histograms[name].items():
                 labels = f"{self.COMMON},gen_ai_request_model={to_json(model)}"
                 labels += f',{label}="{given}"' if label else ""
                 yield from histogram.lines(name, labels)
-        finished = asks.total - asks.active - asks.failed - asks.cancelled
-        outcomes = {"finished": finished, "cancelled": asks.cancelled, "failed": asks.failed}
-        yield from ("# HELP openai_backend_asks_total Asks that ended.",)
-        yield from ("# TYPE openai_backend_asks_total counter",)
-        for outcome, count in outcomes.items():
-            yield f'openai_backend_asks_total{{outcome="{outcome}"}} {count}'
-        yield "# HELP openai_backend_asks_active Asks under way."
-        yield "# TYPE openai_backend_asks_active gauge"
-        yield f"openai_backend_asks_active {asks.active}"
-        yield "# HELP openai_backend_refused_total Asks that were not accepted."
-        yield "# TYPE openai_backend_refused_total counter"
+        finished = asks["total"] - asks["active"] - asks["failed"] - asks["cancelled"]
+        yield from family("openai_backend_asks_total", "counter", "Asks that ended.")
+        yield f'openai_backend_asks_total{{outcome="finished"}} {finished}'
+        yield f'openai_backend_asks_total{{outcome="cancelled"}} {asks["cancelled"]}'
+        yield f'openai_backend_asks_total{{outcome="failed"}} {asks["failed"]}'
+        yield from family("openai_backend_asks_active", "gauge", "Asks under way.")
+        yield f"openai_backend_asks_active {asks['active']}"
+        yield from family("openai_backend_refused_total", "counter", "Asks not accepted.")
         for code, count in self.refused.items():
             yield f'openai_backend_refused_total{{code="{code}"}} {count}'
-        yield "# HELP process_start_time_seconds Start of the process, in Unix seconds."
-        yield "# TYPE process_start_time_seconds gauge"
+        yield from family("process_start_time_seconds", "gauge", "Start, in Unix seconds.")
         yield f"process_start_time_seconds {self.started:.3f}"
 
 
@@ -2518,15 +2508,6 @@ async def list_models(request: Request[AppState]) -> Response:
     return json_response(ModelList(object="list", data=models))
 
 
-class AskCounts(TypedDict):
-    """Since the start."""
-
-    active: int
-    total: int
-    failed: int
-    cancelled: int
-
-
 class Status(TypedDict):
     """Whether it all works."""
 
@@ -2550,7 +2531,7 @@ async def status(request: Request[AppState]) -> Response:
             openai_connected=keyed and await state["upstream"].connected(),
             model="demo" if settings.demo else settings.openai_model,
             uptime_seconds=round(time.monotonic() - state["started"], 1),
-            asks=cast(AskCounts, asdict(state["admission"].asks)),
+            asks=state["admission"].asks,
             tokens_used=state["metrics"].tokens_used,
         )
     )
@@ -3234,7 +3215,7 @@ async def lifespan(settings: Settings, events: EventLog | LogDatabase) -> AsyncI
         # uvicorn has just cut what was left, and would be gone before it is closed and logged.
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
-                while admission.asks.active:  # noqa: ASYNC110 - nothing else waits for this
+                while admission.asks["active"]:  # noqa: ASYNC110 - nothing else waits for this
                     await asyncio.sleep(0.01)
     if isinstance(events, LogDatabase):
         events.close()

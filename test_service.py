@@ -51,7 +51,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import service
 from service import (
-    AskCounters,
+    AskCounts,
     ConfigError,
     EventLog,
     Failure,
@@ -3747,16 +3747,16 @@ def test_rate_budget_and_place_are_looked_at_in_this_order_and_taken_together():
         return caught.value.code
 
     admission.budget.spend(1, time.time())
-    admission.asks.active = 1
+    admission.asks["active"] = 1
     assert [code(), code()] == ["budget_exhausted"] * 2
     admission.budget.used = 0
     assert [code(), code()] == ["overloaded"] * 2
-    admission.asks.active = 0
+    admission.asks["active"] = 0
     admission.admit(caller)
-    assert (admission.asks.active, admission.asks.total) == (1, 1)
+    assert (admission.asks["active"], admission.asks["total"]) == (1, 1)
     admission.budget.spend(1, time.time())
     assert [code(), code()] == ["too_many_asks"] * 2
-    assert (admission.asks.active, admission.asks.total) == (1, 1)
+    assert (admission.asks["active"], admission.asks["total"]) == (1, 1)
 
 
 PATHS = pytest.mark.parametrize("path", ["/ask", CHAT])
@@ -5321,7 +5321,9 @@ def test_the_exposition_tells_the_counters_and_codes_as_they_are():
     for code in ("invalid_json", "overloaded", "overloaded"):
         metrics.count_refused(code)
     metrics.observe(TOKENS, 5, "m", "gen_ai_token_type", "input")
-    found = samples("\n".join(metrics.exposition(AskCounters(2, 9, 3, 1))))
+    found = samples(
+        "\n".join(metrics.exposition(AskCounts(active=2, total=9, failed=3, cancelled=1)))
+    )
     named = {name: value for (name, labels), value in found.items() if not labels}
     assert named == {
         "openai_backend_asks_active": 2,
