@@ -321,7 +321,7 @@ def proxy(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> FakeUpstre
 @asynccontextmanager
 async def serve(app: ASGIApp) -> AsyncIterator[str]:
     """Run *app* under a real server on a free loopback port; yields its base URL."""
-    config = uvicorn.Config(app, port=0, log_config=None)
+    config = uvicorn.Config(app, port=0, log_config=None, http=service.HTTPProtocol)
     config.load()
     # Not Server.serve(), whose pauses would cost each test a quarter of a second.
     server = uvicorn.Server(config)
@@ -1241,6 +1241,22 @@ async def test_asks_over_the_limit_are_refused_until_a_place_is_free(start, upst
     assert statuses == [400, 200, 200, 200]
 
 
+async def test_an_upstream_that_goes_on_after_its_end_is_left(start, upstream):
+    async def drip(call: Call) -> None:
+        await call.start()
+        await call.write(HOLA + FINISH + DONE)
+        leaving = asyncio.create_task(call.hang())
+        with suppress(ConnectionError):
+            while not leaving.done():
+                await call.write(b": x\n\n")
+                await asyncio.sleep(0.02)
+        await leaving
+
+    client = await start(drip)
+    assert (await client.post("/ask", json=ASK)).status_code == 200
+    await soon(upstream.calls[0].left)
+
+
 async def test_a_connection_to_the_upstream_is_used_again(start, upstream):
     go = asyncio.Event()
     client = await start(stream(HOLA, FINISH + DONE, lambda _: go.wait(), Call.end), answer)
@@ -1418,12 +1434,13 @@ async def test_an_upstream_without_end_is_cut_in_bounded_memory(upstream, tmp_pa
         "gzip, event": (ASK, endless(*bomb(), coding="gzip")),
     }
     env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, "API_PORT": "0"}
-    async with launched(SERVICE, cwd=tmp_path, OPENAI_MAX_RETRIES="0", **env) as running:
+    async with launched(SERVICE, cwd=tmp_path, **env) as running:
         before = running.peak()
         for name, (ask, script) in tried.items():
             upstream.scripts = [script]
             problem(await running.client.post("/ask", json=ask), "upstream_error")
             assert running.peak() - before < 150, name
+    assert len(upstream.calls) == len(tried), "none is worth another try"
 
 
 async def test_a_client_that_reads_nothing_gives_its_place_back(start, upstream):
@@ -2284,10 +2301,22 @@ async def test_a_wish_for_http_2_is_served_as_http_1(tmp_path, late):
             assert wire.head.startswith("http/1.1 200 ")
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-async def test_under_uvicorns_command_it_is_refused_and_no_body_is_a_request(tmp_path, late):
+@cases(
+    "late, method, host",
+    {
+        "at once": (False, b"POST", "localhost"),
+        "late": (True, b"POST", "localhost"),
+        "late, of another host": (True, b"POST", "evil.example"),
+        "late, by PUT": (True, b"PUT", "localhost"),
+        "late, by GET": (True, b"GET", "localhost"),
+    },
+)
+async def test_under_uvicorns_command_it_is_refused_and_no_body_is_a_request(
+    tmp_path, late, method, host
+):
     request = b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    head = post("", *H2C).replace(b"Length: 0", b"Length: %d" % len(request))
+    head = post("", *H2C, host=host).replace(b"Length: 0", b"Length: %d" % len(request))
+    head = head.replace(b"POST", method)
     async with (
         launched(*UVICORN, cwd=tmp_path, OPENAI_API_KEY="demo") as running,
         connection(running.client) as (reader, writer),
@@ -2302,6 +2331,28 @@ async def test_under_uvicorns_command_it_is_refused_and_no_body_is_a_request(tmp
     assert b'"code":"upgrade_not_supported"' in said
     assert b"\r\nconnection: close\r\n" in said.lower()
     assert b"HTTP_1_1" in said, "the remedy for Java"
+
+
+async def test_a_wish_that_is_split_over_two_reads_is_refused_and_spoils_no_header(start):
+    client = await start(api_token=TOKEN)
+    sent = post(json.dumps(ASK), f"Authorization: Bearer {TOKEN}", *H2C)
+    at = sent.index(b"h2c") + 2
+    async with connection(client) as (reader, writer), asyncio.timeout(10):
+        writer.write(sent[:at])
+        await load(client, "/status")  # so it has been read
+        writer.write(sent[at:])
+        assert b'"code":"upgrade_not_supported"' in await reader.read()
+
+
+async def test_a_body_that_is_refused_early_goes_by_as_it_came(start):
+    client = await start()
+    body = "\r\nUpgrade: " + "a" * 60 + "\r\n"
+    sent = post(body).replace(b"application/json", b"text/plain")
+    async with connection(client) as (reader, writer), asyncio.timeout(10):
+        writer.write(sent[: -len(body)])
+        assert b'"code":"unsupported_media_type"' in await reader.readuntil(b"}")
+        writer.write(body.encode() + b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 404 ")
 
 
 async def test_a_host_of_megabytes_is_refused_and_not_kept(tmp_path):
@@ -2814,10 +2865,10 @@ ENDED: Any = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
         "reasoning_content": (
             [with_delta(reasoning_content="r", content="a")],
             [("reasoning", "r"), ("delta", "a")],
-            {"reasoning_chars": 1, "answer_chars": 1},
+            {"other_chars": 1, "answer_chars": 1},
         ),
         "reasoning": ([with_delta(reasoning="r")], [("reasoning", "r")], {"answer_chars": 0}),
-        "reasoning as a list": ([with_delta(reasoning=[1])], [], {"reasoning_chars": 0}),
+        "reasoning as a list": ([with_delta(reasoning=[1])], [], {"other_chars": 0}),
         "no text": (
             [with_delta(), with_delta(content=""), with_delta(content=None), {"choices": None}, {}],
             [],
@@ -2888,7 +2939,7 @@ def test_a_completion_is_a_fold_of_chunks(chunks, pieces, facts):
         "delta": {"choices": [{"delta": "a"}]},
         "number": with_delta(content=5),
         "true": with_delta(content=True),
-        "parts": with_delta(content=[{"type": "text", "text": "a"}]),
+        "tool call": with_delta(tool_calls=["a"]),
         "usage": {"usage": 5},
     },
 )
@@ -3051,6 +3102,39 @@ def test_an_encoder_is_all_that_a_format_is(encoder, kind, heartbeat, chunk_read
     assert read(encoder.chunk(EVENT, {"x": 1}, PIECES), chunk_read) == chunk_read
     assert read(encoder.end(folded), last) == last
     assert read(encoder.error(FAILED, "id"), failed) == failed
+
+
+@cases(
+    "part, pieces, other_chars",
+    {
+        "empty beside reasoning": (
+            {"reasoning_content": "", "reasoning": "hm"},
+            [("reasoning", "hm")],
+            2,
+        ),
+        "text in parts": (
+            {"content": [{"type": "thinking"}, {"type": "text", "text": "a"}]},
+            [("delta", "a")],
+            0,
+        ),
+        "parts without text": ({"content": [{"type": "thinking"}]}, [], 0),
+        "arguments of a tool": (
+            {"tool_calls": [{"function": {"arguments": "{}"}}, {"function": None}, {}]},
+            [],
+            2,
+        ),
+    },
+)
+def test_a_part_says_what_is_in_it(part, pieces, other_chars):
+    completion = service.Completion("m", "delta")
+    assert completion.add({"choices": [{"delta": part}]}) == pieces
+    assert completion.other_chars == other_chars
+
+
+async def test_a_stall_that_is_overdue_from_the_start_is_one():
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(10), service.StallTimeout(1, time.monotonic() - 60):
+            await asyncio.Event().wait()
 
 
 def test_text_joins_surrogate_pairs_over_chunks_and_replaces_halves():
@@ -5217,7 +5301,6 @@ CHAT_BODY = {"model": "gpt-other", "messages": [{"role": "user", "content": "Hol
     "settings, path, refused, code",
     {
         "host": ({}, "/ask", {"headers": {"Host": "evil.example"}}, "host_not_allowed"),
-        "upgrade": ({}, "/ask", {"headers": {"Upgrade": "h2c"}}, "upgrade_not_supported"),
         "origin": ({}, "/ask", {"headers": {"Origin": "http://evil.io"}}, "origin_not_allowed"),
         "token": ({"api_token": TOKEN, "admin_token": ""}, "/ask", {}, "unauthorized"),
         "type": ({}, "/ask", UNREAD, "unsupported_media_type"),
@@ -5561,6 +5644,20 @@ async def test_there_are_never_more_rows_than_the_buffer_holds_and_the_file_stop
     assert max(sizes[15:]) <= 1.3 * max(sizes[:15])
 
 
+async def test_the_answer_is_no_longer_than_the_buffer_while_events_wait(tmp_path):
+    path, ours = tmp_path / "log.db", ring(5)
+    async with opened(path, ours) as (database,):
+        for number in range(5):
+            log_to(ours, database, str(number))
+        await stored(path, lambda now: len(now) == 5)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for number in range(5, 8):
+                log_to(ours, database, str(number))
+            told = await database.tail(level=None, limit=1000)
+    assert [event["message"] for event in told] == ["3", "4", "5", "6", "7"]
+
+
 async def test_nothing_secret_is_in_the_file(start, tmp_path):
     path, secret = tmp_path / "log.db", "s" * 40
     settings = {"api_token": TOKEN, "admin_token": "admin-token-1", "jwt_secret": secret}
@@ -5769,3 +5866,30 @@ async def test_a_full_disk_fails_no_ask_and_what_waited_is_written_when_there_is
         assert await stored(path, lambda now: now.count("ask finished") == 5) == kept
         running.process.send_signal(signal.SIGTERM)
         assert [event["message"] for event in await running.ended()][: len(kept)] == kept
+
+
+@cases(
+    "prompt, code",
+    {
+        "new line": ("/error 429\nplease", "rate_limited"),
+        "two blanks": ("/error  429", "rate_limited"),
+        "no number": ("/error soon", None),
+    },
+)
+async def test_a_word_of_the_demo_model_ends_at_any_white_space(start, prompt, code):
+    client = await start(openai_api_key="demo")
+    response = await client.post("/ask", json={"prompt": prompt, "stream": False})
+    assert response.json().get("code") == code
+
+
+async def test_tools_and_their_arguments_count_where_no_figure_came(start):
+    call = {"function": {"name": "f", "arguments": "x" * 400}}
+    delta_of_call = json.dumps({"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]})
+    script = stream(f"data: {delta_of_call}\n\n".encode(), Call.close)
+    tools = [{"type": "function", "function": {"name": "f", "description": "y" * 400}}]
+    chat = {"messages": [{"role": "user", "content": "Hola"}], "tools": tools, "stream": True}
+    for limit, code in ((200, 429), (300, 200)):
+        client = await start(script, answer, daily_tokens=limit)
+        await client.post("/v1/chat/completions", json=chat)
+        await closings(client)
+        assert (await client.post("/ask", json=ASK)).status_code == code
