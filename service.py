@@ -1823,12 +1823,16 @@ async def raise_refusal(response: httpx2.Response) -> None:
     if response.status_code == 200:
         return
     body = bytearray()
-    with suppress(httpx2.DecodingError):
-        async for read in response.aiter_bytes():
-            body += read
-            if len(body) > MAX_UPSTREAM_BYTES:
-                refusal = Refusal(response.status_code, response.headers, b"")
-                raise Failure("upstream_error") from refusal
+    try:
+        with suppress(httpx2.DecodingError):
+            async for read in response.aiter_bytes():
+                body += read
+                if len(body) > MAX_UPSTREAM_BYTES:
+                    raise Failure("upstream_error")
+    except (Failure, httpx2.RequestError):  # too large, or broken off
+        # The status is known all the same, and says whether another try may help.
+        refusal = Refusal(response.status_code, response.headers, b"")
+        raise Failure("upstream_error") from refusal
     raise Refusal(response.status_code, response.headers, bytes(body))
 
 
@@ -1896,7 +1900,7 @@ class Upstream:
         ended = False
         try:
             async with stall:
-                response, left_out = await self._open(request, may_retry, stall)
+                left_out, response = await self._open(request, may_retry, stall)
                 try:
                     reads = self._reads(response, stall)
                     yield left_out, reads
@@ -1916,10 +1920,9 @@ class Upstream:
 
     async def _open(
         self, request: ChatRequest, may_retry: Callable[[], bool], stall: StallTimeout
-    ) -> tuple[httpx2.Response, bool]:
-        """The upstream's 200, after as many tries as it takes and the settings allow.
-
-        Beside it, whether `temperature` was left out.
+    ) -> tuple[bool, httpx2.Response]:
+        """Whether `temperature` was left out, and the upstream's 200, after as many tries as it
+        takes and the settings allow.
         """
         tries, adapted = 0, set[str]()
         stall.waiting_since = silent_since = stall.clock()
@@ -1927,7 +1930,7 @@ class Upstream:
             body = self.body(request)
             try:
                 left_out = "temperature" in request.parameters.keys() - body.keys()
-                return await self._post(body), left_out
+                return left_out, await self._post(body)
             except Failure as failure:
                 name = None
                 if isinstance(failure.__cause__, Refusal):
@@ -2298,6 +2301,7 @@ class Exchange:
             else:
                 due = held_up_since + patience
             if now < due:
+                # No longer than `patience`: a write may come to be held up meanwhile.
                 with suppress(TimeoutError):
                     async with StallTimeout(min(due - now, patience), now):
                         while (await receive())["type"] != "http.disconnect":

@@ -1241,6 +1241,20 @@ async def test_asks_over_the_limit_are_refused_until_a_place_is_free(start, upst
     assert statuses == [400, 200, 200, 200]
 
 
+@pytest.mark.parametrize(("status", "calls"), [(400, 1), (503, 3)])
+async def test_a_refusal_that_breaks_off_is_an_error_and_tried_again_by_its_status(
+    start, upstream, status, calls
+):
+    async def broken(call: Call) -> None:
+        await call.start(status)
+        await call.write(b'{"error":{"mess')
+        await call.close()
+
+    client = await start(broken)
+    problem(await client.post("/ask", json=PLAIN), "upstream_error")
+    assert len(upstream.calls) == calls
+
+
 async def test_an_upstream_that_goes_on_after_its_end_is_left(start, upstream):
     async def drip(call: Call) -> None:
         await call.start()
@@ -1428,7 +1442,7 @@ async def test_an_upstream_without_end_is_cut_in_bounded_memory(upstream, tmp_pa
         "plain answer": (PLAIN, endless(plain, x)),
         "error": (PLAIN, endless(error, x, 400)),
         "event": (ASK, endless(b'data: {"choices":[{"delta":{"content":"', x)),
-        "event in lines": (ASK, endless(b"", b"data: x\n" * 2**17)),
+        "event in lines": (ASK, endless(b"data: x\n", b"data: x\n" * 2**17)),
         "gzip, plain answer": (PLAIN, endless(*bomb(), coding="gzip")),
         "gzip, error": (PLAIN, endless(*bomb(), 400, "gzip")),
         "gzip, event": (ASK, endless(*bomb(), coding="gzip")),
