@@ -1,9 +1,9 @@
 """A small back end between browser apps and any OpenAI-compatible API.
 
-    POST /ask ---------------\\   middleware  endpoint                  Exchange
-    POST /v1/chat/completions -> 400, 403 -> 401, 408, 413, 415, 422 -> 429, 502, 503, 504
-                                                                        from the first byte on,
-                                                                        an error in the stream
+    POST /ask                  -> middleware -> endpoint -> Exchange -> the model's API
+    POST /v1/chat/completions     400, 403      401, 408,   429, 502, 503, 504; from the
+                                                413, 415,   first byte on, an error in the
+                                                422         stream
     GET /, /status, /logs, /metrics, /v1/models, /openapi.json, /docs, /redoc
 
 Run it with `python service.py` or `uvicorn service:app`; .env.example lists every setting.
@@ -61,6 +61,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NoReturn,
     NotRequired,
     Protocol,
     TypeVar,
@@ -1242,7 +1243,7 @@ def identify(request: Request["AppState"]) -> Caller:
             user = verify_jwt(token, settings.jwt_secret, settings.jwt_audience, time.time())
             return Caller(f"user {user}", user)
         except ValueError as exc:
-            if token:  # where there is none, there is nothing to find out, and much of it
+            if token:  # a flood of asks without one would fill the log
                 log.info("token refused", reason=str(exc))
     raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
@@ -1309,6 +1310,9 @@ class AskCounts(TypedDict):
     cancelled: int
 
 
+Outcome = Literal["finished", "cancelled", "failed"]
+
+
 class Admission:
     """What an ask must pass last: a caller's rate, the budget of all, and a free place."""
 
@@ -1331,14 +1335,11 @@ class Admission:
         self.asks["active"] += 1
         self.asks["total"] += 1
 
-    def leave(self, outcome: "Outcome", tokens: int) -> None:
+    def leave(self, outcome: Outcome, tokens: int) -> None:
         self.asks["active"] -= 1
         self.asks["failed"] += outcome == "failed"
         self.asks["cancelled"] += outcome == "cancelled"
         self.budget.spend(tokens, time.time())
-
-
-Outcome = Literal["finished", "cancelled", "failed"]
 
 
 class Histogram:
@@ -1649,8 +1650,8 @@ class Completion:
 
     def add_part(self, part: Mapping[str, Any], pieces: list[Piece]) -> None:
         """Add to *pieces* what a choice's delta or message says."""
-        told = (part.get("reasoning_content"), part.get("reasoning"))
-        if reasoning := next((each for each in told if each and isinstance(each, str)), ""):
+        thoughts = (part.get("reasoning_content"), part.get("reasoning"))
+        if reasoning := next((each for each in thoughts if each and isinstance(each, str)), ""):
             self.other_chars += len(reasoning)
             pieces.append(("reasoning", reasoning))
         text = part.get("content") or part.get("refusal")
@@ -3170,18 +3171,17 @@ def page() -> Response:
 
 def create_client(settings: Settings) -> AsyncOpenAI:
     """AsyncOpenAI, over aiohttp or on the demo model."""
-    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-    hooks = {"response": [raise_refusal]}
     if settings.demo:
-        http_client = httpx2.AsyncClient(transport=DemoTransport(), event_hooks=hooks)
+        http_client = httpx2.AsyncClient(transport=DemoTransport())
     else:
         limits = httpx2.Limits(
             max_connections=settings.max_concurrent_asks + 100,
             max_keepalive_connections=settings.max_concurrent_asks,
             keepalive_expiry=60,
         )
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
         http_client = DefaultAioHttpClient(
-            limits=limits, follow_redirects=False, cookies=no_cookies, event_hooks=hooks
+            limits=limits, follow_redirects=False, cookies=no_cookies
         )
 
     async def forget_cookies(response: httpx2.Response) -> None:
@@ -3190,8 +3190,7 @@ def create_client(settings: Settings) -> AsyncOpenAI:
             if session := getattr(transport, "client", None):
                 session.cookie_jar.clear()
 
-    hooks["response"].insert(0, forget_cookies)
-    http_client.event_hooks = hooks
+    http_client.event_hooks = {"response": [forget_cookies, raise_refusal]}
     # AsyncOpenAI brings its own; every header costs about a hundredth of a short ask.
     http_client.headers.clear()
     return QuietAsyncOpenAI(
@@ -3309,7 +3308,7 @@ class HTTPProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
 
-def exit_with(message: object, code: int) -> None:
+def exit_with(message: object, code: int) -> NoReturn:
     if sys.stderr is not None:
         print(message, file=sys.stderr)
     sys.exit(code)
@@ -3322,7 +3321,6 @@ def configured_app() -> tuple[Settings, ASGIApp]:
         return settings, create_app(settings)
     except ConfigError as exc:
         exit_with(exc, 2)
-        raise
 
 
 def main() -> None:
