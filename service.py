@@ -75,7 +75,7 @@ import httpx2
 import structlog
 import uvicorn
 from dotenv import dotenv_values
-from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient, Omit, RequestOptions, omit
+from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient
 from pydantic import (
     MISSING,
     BaseModel,
@@ -1799,26 +1799,6 @@ def unsupported_parameter(refusal: Refusal, texts: Iterable[str]) -> str | None:
     return None
 
 
-class QuietAsyncOpenAI(AsyncOpenAI):
-    """AsyncOpenAI without the headers that tell of this machine: a fiftieth of a short ask."""
-
-    @cached_property
-    def default_headers(self) -> dict[str, str | Omit]:
-        headers = super().default_headers.items()
-        useful = {name: value for name, value in headers if not name.startswith("X-Stainless")}
-        return {**useful, "Accept-Encoding": "identity", "User-Agent": f"openai-backend/{VERSION}"}
-
-
-OPTIONS: RequestOptions = {
-    # Silence and further tries are the business of Upstream, which knows whether the client waits.
-    "timeout": None,
-    "max_retries": 0,
-    "headers": {"X-Stainless-Retry-Count": omit},
-    # Never sent; AsyncOpenAI would make one for each ask.
-    "idempotency_key": "",
-}
-
-
 async def raise_refusal(response: httpx2.Response) -> None:
     """A hook of the HTTP client: AsyncOpenAI would read an error of any size."""
     if response.status_code == 200:
@@ -1837,15 +1817,32 @@ async def raise_refusal(response: httpx2.Response) -> None:
     raise Refusal(response.status_code, response.headers, bytes(body))
 
 
+def request_headers(client: AsyncOpenAI) -> dict[str, str]:
+    """The headers of an ask: what AsyncOpenAI knows that the model's API has to know."""
+    named = {
+        "Authorization": f"Bearer {client.api_key}",
+        "Content-Type": JSON,
+        "Accept-Encoding": "identity",
+        "User-Agent": f"openai-backend/{VERSION}",
+        "OpenAI-Organization": client.organization,
+        "OpenAI-Project": client.project,
+    }
+    return {name: value for name, value in named.items() if value}
+
+
 class Upstream:
     """The model's API behind *client*, and what this process has learned about it."""
 
-    def __init__(self, client: AsyncOpenAI, settings: Settings) -> None:
+    def __init__(
+        self, client: AsyncOpenAI, http_client: httpx2.AsyncClient, settings: Settings
+    ) -> None:
         self.client = client
+        self.http_client = http_client
         self.settings = settings
         # The URL as it was set: AsyncOpenAI's own is another host where that has no path.
-        self.completions_url = f"{settings.openai_base_url}/chat/completions"
         self.models_url = f"{settings.openai_base_url}/models"
+        self.completions_url = httpx2.URL(f"{settings.openai_base_url}/chat/completions")
+        self.headers = httpx2.Headers(request_headers(client))
         host = urlsplit(settings.openai_base_url).hostname or ""
         self.is_openai = bool(re.search(r"(^|\.)openai\.com$", host))
         # Everywhere else the older name is the safer one: Ollama silently ignores the newer.
@@ -1954,15 +1951,11 @@ class Upstream:
                     raise
 
     async def _post(self, body: JsonObject) -> httpx2.Response:
-        call = self.client.post(
-            self.completions_url,
-            content=utf8_json(to_json(body)),
-            options=OPTIONS,
-            cast_to=httpx2.Response,
-            stream=True,
-            stream_cls=AsyncStream[object],
-        )
-        return await self._answered(call)
+        # Not by AsyncOpenAI's own request, which would be a quarter of a short ask (issue 14).
+        content = utf8_json(to_json(body))
+        url, headers = self.completions_url, self.headers
+        request = httpx2.Request("POST", url, headers=headers, content=content)
+        return await self._answered(self.http_client.send(request, stream=True))
 
     async def _answered(self, call: Awaitable[object]) -> httpx2.Response:
         """The head of a 200; all else is a Failure."""
@@ -2003,7 +1996,8 @@ class Upstream:
     async def _probe(self) -> bool:
         call = self.client.get(
             self.models_url,
-            options=OPTIONS,
+            # Without its own tries; how long it may take is said below.
+            options={"max_retries": 0, "timeout": None},
             cast_to=httpx2.Response,
             stream=True,
             stream_cls=AsyncStream[object],
@@ -3169,8 +3163,8 @@ def page() -> Response:
     return HTMLResponse(document, headers={"Content-Security-Policy": policy})
 
 
-def create_client(settings: Settings) -> AsyncOpenAI:
-    """AsyncOpenAI, over aiohttp or on the demo model."""
+def create_http_client(settings: Settings) -> httpx2.AsyncClient:
+    """The HTTP client of AsyncOpenAI: over aiohttp, or on the demo model."""
     if settings.demo:
         http_client = httpx2.AsyncClient(transport=DemoTransport())
     else:
@@ -3191,14 +3185,7 @@ def create_client(settings: Settings) -> AsyncOpenAI:
                 session.cookie_jar.clear()
 
     http_client.event_hooks = {"response": [forget_cookies, raise_refusal]}
-    # AsyncOpenAI brings its own; every header costs about a hundredth of a short ask.
-    http_client.headers.clear()
-    return QuietAsyncOpenAI(
-        # Without a key no ask gets as far as this; the client insists on one.
-        api_key=settings.openai_api_key or "none",
-        base_url=settings.openai_base_url,
-        http_client=http_client,
-    )
+    return http_client
 
 
 def raise_file_limit(asks: int) -> None:
@@ -3229,12 +3216,18 @@ async def lifespan(settings: Settings, events: EventLog | LogDatabase) -> AsyncI
     raise_file_limit(settings.max_concurrent_asks)
     if settings.demo:
         log.warning("the demo model answers, not OpenAI", remedy="set OPENAI_API_KEY")
-    async with create_client(settings) as client:
+    async with create_http_client(settings) as http_client:
+        client = AsyncOpenAI(
+            # Without a key no ask gets as far as this; the client insists on one.
+            api_key=settings.openai_api_key or "none",
+            base_url=settings.openai_base_url,
+            http_client=http_client,
+        )
         admission = Admission(settings)
         yield AppState(
             settings=settings,
             events=events,
-            upstream=Upstream(client, settings),
+            upstream=Upstream(client, http_client, settings),
             admission=admission,
             metrics=Metrics(),
             ask_model=ask_model(settings),
