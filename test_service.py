@@ -1126,6 +1126,12 @@ async def test_silence_from_the_start_is_a_504(start, upstream, ask, script):
     assert len(upstream.calls) == 1
 
 
+async def test_nothing_but_openai_timeout_says_how_long_the_upstream_may_be_silent():
+    # httpx2 would say 5 s, and AsyncOpenAI 600; OPENAI_TIMEOUT may be longer.
+    async with service.create_http_client(Settings()) as http_client:
+        assert set(http_client.timeout.as_dict().values()) == {None}
+
+
 async def test_tries_that_hear_nothing_share_one_timeout(start):
     async def hang_up(call: Call) -> None:
         await asyncio.sleep(0.2)  # Each try is shorter than the time-out, all of them are not.
@@ -3032,7 +3038,7 @@ def test_a_block_that_is_skimmed_says_what_its_chunks_say(odd, spaced):
     usual, short, *_ = TEXT_CHUNKS.values()
     for chunks in itertools.product(
         ([], [usual], [short], [odd]),
-        ([odd], [odd] * 3, [usual, usual, odd, usual], [short, odd], [odd, short]),
+        ([odd], [odd] * 3, [usual, usual, odd, usual], [short, odd], [odd, short], [usual]),
     ):
         blocks = [b"".join(event_of(each, spaced) for each in block) for block in chunks]
         assert read_in(blocks, skim=True) == read_in(blocks, skim=False)
@@ -3053,6 +3059,8 @@ def test_nearly_all_chunks_are_skimmed():
         "two events": 'data: {"a":1}\n\ndata: {',
         "a line of its own": "data: {\n",
         "no data": "{",
+        "another field": "datum: {",
+        "nothing": "",
         "no JSON": "data: {a,",
         "an error": 'data: {"error":"x",',
         "a wrong field": 'data: {"usage":5,',
