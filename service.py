@@ -1483,7 +1483,7 @@ class SSEDecoder:
     def feed(self, read: bytes) -> bytes:
         """The events that *read* completes; raises a Failure for one that is too large."""
         self.has_cr = self.has_cr or b"\r" in read
-        if not self.rest and not self.has_cr and read.endswith(b"\n\n"):
+        if not self.rest and read.endswith(b"\n\n"):
             return read  # whole events, as they usually come
         searched = max(0, len(self.rest) - 3)
         self.rest += read
@@ -1579,7 +1579,7 @@ TEXT_CHUNK = re.compile(
     rb'\[\{(?:"[a-z_]+":(?:null|0),)*+"delta":\{(?:"role":"assistant",)?'
     rb'"content":"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"(?:,"[a-z_]+":null)*+\}'
     rb'(?:,"[a-z_]+":(?:null|0))*+\}\]'
-    rb'(?:,(?!"error")"[a-z_]+":(?:null|\d++|"[^"\\\x00-\x1f]*+"))*+\}\n\n'
+    rb'(?:,(?!"(?:error|model)")"[a-z_]+":(?:null|\d++|"[^"\\\x00-\x1f]*+"))*+\}\n\n'
 )
 
 
@@ -1642,7 +1642,10 @@ class Completion:
         return end, pieces
 
     def learn(self, block: bytes) -> bool:
-        """Whether *block* begins as chunks with choices should; what is before those, is noted."""
+        """Keep how *block* begins, up to its first choices, and add what that says.
+
+        Whether it is as the API promises.
+        """
         opening = b"".join(block.partition(b'"choices":')[:2])
         if not opening.startswith(b"data: ") or opening.splitlines() != [opening]:
             return False
@@ -1827,7 +1830,7 @@ def unsupported_parameter(refusal: Refusal, texts: Iterable[str]) -> str | None:
 
 
 async def raise_refusal(response: httpx2.Response) -> None:
-    """A hook of the HTTP client: AsyncOpenAI would read an error of any size."""
+    """A hook of the HTTP client: what is no 200 is read here, no more of it than may be."""
     if response.status_code == 200:
         return
     body = bytearray()
@@ -1850,7 +1853,6 @@ def request_headers(client: AsyncOpenAI) -> httpx2.Headers:
     for name, value in client.default_headers.items():
         if isinstance(value, str) and not name.startswith("X-Stainless"):
             headers[name] = value
-    headers.update({"Accept-Encoding": "identity", "User-Agent": f"openai-backend/{VERSION}"})
     return headers
 
 
@@ -1975,11 +1977,11 @@ class Upstream:
                     raise
 
     async def _post(self, body: JsonObject) -> httpx2.Response:
-        # Not by AsyncOpenAI's own request, a third of a short ask (issue 14), nor as `content`, for
-        # which httpx2 makes the headers twice, 6 %: aiohttp adds Host and Content-Length itself.
+        # Not by AsyncOpenAI's own request, a third of a short ask, nor as `content`, for which
+        # httpx2 makes the headers twice, 6 %; aiohttp adds Host and Content-Length by itself.
         stream = httpx2.ByteStream(utf8_json(to_json(body)))
         request = httpx2.Request("POST", self.completions_url, headers=self.headers, stream=stream)
-        request.read()
+        request.read()  # else aiohttp would send it in chunks
         return await self._answered(self.http_client.send(request, stream=True))
 
     async def _answered(self, call: Awaitable[object]) -> httpx2.Response:
@@ -2006,7 +2008,7 @@ class Upstream:
                 stall.waiting_since = stall.clock()
         except Failure:
             raise
-        except Exception as exc:  # httpx2's and aiohttp's own, which AsyncOpenAI lets through
+        except Exception as exc:  # httpx2's, and aiohttp's own, which it lets through
             raise Failure("upstream_error") from exc
         stall.waiting_since = None
 
@@ -2294,7 +2296,7 @@ class Exchange:
         self.pending = bytearray()
         self.failure: Failure | None = None
         self.settled = False
-        # The pump has ended, and with it what attend_client waits in.
+        # The pump has ended: attend_client has nothing left to wait for.
         self.over = False
         self.watch: StallTimeout
         self.decoder = SSEDecoder() if request.stream else BodyDecoder()
@@ -2350,7 +2352,6 @@ class Exchange:
             await self.relay()
         except Exception as exc:
             await self.report(exc)
-            self.settle()
         self.over = True
         self.watch.expire()
 
@@ -3279,6 +3280,10 @@ async def lifespan(settings: Settings, events: EventLog | LogDatabase) -> AsyncI
             api_key=settings.openai_api_key or "none",
             base_url=settings.openai_base_url,
             http_client=http_client,
+            default_headers={
+                "Accept-Encoding": "identity",
+                "User-Agent": f"openai-backend/{VERSION}",
+            },
         )
         admission = Admission(settings)
         yield AppState(

@@ -1,6 +1,6 @@
 """The promises of the service, over real sockets.
 
-Every test speaks to a real uvicorn over a real socket; behind it stands a real AsyncOpenAI, and
+Every test speaks to a real uvicorn over a real socket; behind it stands the real HTTP client, and
 behind that an upstream whose bytes the test writes one by one. What is pure has a table at the end.
 """
 
@@ -868,7 +868,7 @@ async def test_only_what_was_asked_goes_upstream(client, upstream):
     assert {call.headers["authorization"] for call in upstream.calls} == {f"bearer {KEY}"}
 
 
-async def test_the_upstream_gets_no_header_that_it_has_no_use_for(start, upstream, monkeypatch):
+async def test_no_ask_has_a_header_that_the_upstream_has_no_use_for(start, upstream, monkeypatch):
     for name in ("ORG_ID", "PROJECT_ID", "CUSTOM_HEADERS"):
         monkeypatch.delenv(f"OPENAI_{name}", raising=False)
     client = await start()
@@ -878,7 +878,21 @@ async def test_the_upstream_gets_no_header_that_it_has_no_use_for(start, upstrea
     useful |= {"content-type", "content-length"}
     asks = [call.headers for call in upstream.calls]
     assert [{*each} for each in asks] == [useful, useful]
-    assert {each["accept-encoding"] for each in asks} == {"identity"}
+    await client.get("/status")
+    assert {call.headers["accept-encoding"] for call in upstream.calls} == {"identity"}
+
+
+async def test_asks_and_the_probe_say_for_whom_they_are(start, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Team: blue\nUser-Agent: mine")
+    client = await start()
+    await client.post("/ask", json=ASK)
+    await client.get("/status")
+    for call in upstream.calls:
+        said = [call.headers[f"openai-{name}"] for name in ("organization", "project")]
+        assert [*said, call.headers["x-team"]] == ["org-1", "proj-1", "blue"]
+    assert len(upstream.calls) == 2
 
 
 OLD, NEW, HEAT = "max_tokens", "max_completion_tokens", "temperature"
@@ -1274,6 +1288,16 @@ async def test_an_upstream_that_goes_on_after_its_end_is_left(start, upstream):
     client = await start(drip)
     assert (await client.post("/ask", json=ASK)).status_code == 200
     await soon(upstream.calls[0].left)
+
+
+async def test_a_clients_connection_outlives_what_the_upstream_does_in_the_end(start, upstream):
+    client = await start(stream(HOLA + FINISH + DONE, Call.hang), answer)
+    async with connection(client) as (reader, writer), asyncio.timeout(10):
+        writer.write(post(json.dumps(ASK)))
+        await reader.readuntil(DONE)
+        await soon(upstream.calls[0].left)
+        writer.write(post(json.dumps(ASK)))
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
 
 
 async def test_a_connection_to_the_upstream_is_used_again(start, upstream):
@@ -3002,6 +3026,7 @@ TEXT_CHUNKS: dict[str, Any] = {
     },
     "half a surrogate pair": {"choices": [{"index": 0, "delta": {"content": "\ud83d"}}]},
     "model": {"model": "other", "choices": [{"index": 0, "delta": {"content": "a"}}]},
+    "model last": {"choices": [{"index": 0, "delta": {"content": "a"}}], "model": "other"},
     "error first": {"error": "x", "choices": [{"index": 0, "delta": {"content": "a"}}]},
     "error last": {"choices": [{"index": 0, "delta": {"content": "a"}}], "error": "x"},
     "error object": {
