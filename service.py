@@ -1574,10 +1574,12 @@ def as_count(value: object) -> int | None:
     return value if type(value) is int and 0 <= value <= 10**12 else None
 
 
-# What a chunk says where its one choice goes on with text: its choices, to the end of its event.
-TEXT_CHUNK = re.compile(
-    rb'\[\{(?:"[a-z_]+":(?:null|0),)*+"delta":\{(?:"role":"assistant",)?'
-    rb'"content":"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"(?:,"[a-z_]+":null)*+\}'
+# A chunk whose one choice goes on with text alone: its choices up to that text, and what follows.
+TEXT_OPENING = re.compile(
+    rb'"choices":\[\{(?:"[a-z_]+":(?:null|0),)*+"delta":\{(?:"role":"assistant",)?"content":"'
+)
+TEXT_REST = re.compile(
+    rb'([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"(?:,"[a-z_]+":null)*+\}'
     rb'(?:,"[a-z_]+":(?:null|0))*+\}\]'
     rb'(?:,(?!"(?:error|model)")"[a-z_]+":(?:null|\d++|"[^"\\\x00-\x1f]*+"))*+\}\n\n'
 )
@@ -1600,7 +1602,7 @@ class Completion:
     # The choices begun, by index, and whether each has its finish_reason.
     choices: dict[int, bool] = field(default_factory=dict)
     has_message: bool = False
-    # How the event of a chunk begins, up to the array of its choices.
+    # How the event of a chunk that brings text begins, up to that text.
     opening: bytes = b""
     # The model refuses `temperature`, so it was left out.
     ignored: bool = False
@@ -1621,13 +1623,12 @@ class Completion:
         Nearly all chunks are such, and this costs a third of what parsing them does.
         """
         pieces: list[Piece] = []
-        if self.part != "delta" or (self.choices and self.choices != {0: False}):
-            return 0, pieces
-        if not (self.opening and block.startswith(self.opening)) and not self.learn(block):
+        known = self.opening and block.startswith(self.opening)
+        if self.part != "delta" or not (known or self.learn(block)):
             return 0, pieces
         opening, end = self.opening, 0
         while block.startswith(opening, end) and (
-            found := TEXT_CHUNK.match(block, end + len(opening))
+            found := TEXT_REST.match(block, end + len(opening))
         ):
             try:
                 text: str = from_json(b'"%s"' % found[1])
@@ -1638,19 +1639,17 @@ class Completion:
                 pieces.append(("delta", text))
             end = found.end()
         if end:
-            self.choices = {0: False}
+            self.choices.setdefault(0, False)
         return end, pieces
 
     def learn(self, block: bytes) -> bool:
-        """Keep how *block* begins, up to its first choices, and add what that says.
-
-        Whether it is as the API promises.
-        """
-        opening = b"".join(block.partition(b'"choices":')[:2])
+        """Whether *block* begins with text as the API promises; then what is before it is added."""
+        found = TEXT_OPENING.match(block, block.find(b'"choices":'))
+        opening = block[: found.end()] if found else b""
         if not opening.startswith(b"data: ") or opening.splitlines() != [opening]:
             return False
         try:
-            self.add(parse_chunk(opening[6:] + b"[]}"))
+            self.add(parse_chunk(opening[6:] + b'"}}]}') | {"choices": []})
         except Failure:
             return False
         self.opening = opening
@@ -2293,7 +2292,7 @@ class Exchange:
         self.first_piece_at: float | None = None
         self.completion = Completion(request.model, "delta" if request.stream else "message")
         # Encoded, but not written yet.
-        self.pending = bytearray()
+        self.pending = b""
         self.failure: Failure | None = None
         self.settled = False
         # The pump has ended: attend_client has nothing left to wait for.
@@ -2398,8 +2397,7 @@ class Exchange:
         self.pending += self.encoder.chunk(event, chunk, pieces)
 
     async def write_pending(self, *, last: bool = False) -> None:
-        data = bytes(self.pending)
-        self.pending.clear()
+        data, self.pending = self.pending, b""
         await self.client.write(data, last=last)
 
     async def report(self, exc: Exception) -> None:

@@ -3012,6 +3012,7 @@ TEXT_CHUNKS: dict[str, Any] = {
     "empty": {"choices": [{"index": 0, "delta": {"content": ""}}]},
     "end": {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}]},
     "second choice": {"choices": [{"index": 1, "delta": {"content": "a"}}]},
+    "second choice, said late": {"choices": [{"delta": {"content": "a"}, "index": 1}]},
     "two choices": {
         "choices": [
             {"index": 0, "delta": {"content": "a"}},
@@ -3076,6 +3077,9 @@ def test_nearly_all_chunks_are_skimmed():
     assert skimmed.skim(texts + stop) == (len(texts), [("delta", text) for text in "Holas"])
     assert skimmed.skim(HOLA) == (len(HOLA), [("delta", "Hola")])
     assert skimmed.skim(stop) == (0, [])
+    says = {"index": 0, "delta": {"role": "assistant", "content": "Hola"}, "finish_reason": None}
+    ollama = 2 * event_of({"choices": [says]}, spaced=False)
+    assert skimmed.skim(ollama) == (len(ollama), [("delta", "Hola"), ("delta", "Hola")])
 
 
 @cases(
