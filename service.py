@@ -844,7 +844,10 @@ async def error_response(request: Request[Any], exc: Exception) -> Response:
 
 
 class RequestIDMiddleware:
-    """Gives each request its id: on the response, in errors, and in every event logged for it."""
+    """Gives each request its id: on the response, in errors, and in every event logged for it.
+
+    It is the outermost, so it also keeps the server's own `send`, for ClientStream.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -1856,7 +1859,10 @@ def request_headers(client: AsyncOpenAI) -> httpx2.Headers:
 
 
 class Upstream:
-    """The model's API behind *client*, and what this process has learned about it."""
+    """The model's API, and what this process has learned about it.
+
+    *http_client* carries the asks, *client* the probe, and says which headers both have.
+    """
 
     def __init__(
         self, client: AsyncOpenAI, http_client: httpx2.AsyncClient, settings: Settings
@@ -2295,8 +2301,7 @@ class Exchange:
         self.pending = b""
         self.failure: Failure | None = None
         self.settled = False
-        # The pump has ended: attend_client has nothing left to wait for.
-        self.over = False
+        # What attend_client waits in.
         self.watch: StallTimeout
         self.decoder = SSEDecoder() if request.stream else BodyDecoder()
 
@@ -2306,8 +2311,8 @@ class Exchange:
         try:
             async with asyncio.TaskGroup() as tasks:
                 # Not in this task, where each read would pass through all middleware.
-                tasks.create_task(self.pump())
-                await self.attend_client(receive)
+                pump = tasks.create_task(self.pump())
+                await self.attend_client(receive, pump)
         except* ClientDisconnect:
             pass
         finally:
@@ -2318,11 +2323,11 @@ class Exchange:
         if self.client.started and not self.client.complete:
             raise ConnectionCut
 
-    async def attend_client(self, receive: Receive) -> None:
+    async def attend_client(self, receive: Receive, pump: "asyncio.Task[None]") -> None:
         """End the ask when its client leaves or stops reading; send heartbeats in silence."""
         client, patience = self.client, self.state["settings"].client_timeout
         interval = self.state["settings"].heartbeat_seconds if self.encoder.heartbeat else math.inf
-        while not (client.complete or self.over):
+        while not (client.complete or pump.done()):
             now, held_up_since = client.clock(), client.writing_since
             if held_up_since is None:
                 due = client.last_write + interval
@@ -2346,12 +2351,11 @@ class Exchange:
                 raise ClientDisconnect
 
     async def pump(self) -> None:
-        """Relay the answer, or report what came instead."""
+        """Relay the answer, or report what came instead; then nobody need attend the client."""
         try:
             await self.relay()
         except Exception as exc:
             await self.report(exc)
-        self.over = True
         self.watch.expire()
 
     async def relay(self) -> None:
@@ -2548,11 +2552,11 @@ async def chat_completions(request: Request[AppState]) -> Exchange:
     return Exchange(chat, ChatCompletionEvents(include_usage), state)
 
 
+@dataclass(frozen=True)
 class AskEndpoint:
     """*read* as an ASGI app: around a function Starlette puts a layer, 2 KiB of a silent stream."""
 
-    def __init__(self, read: Callable[[Request[AppState]], Awaitable[Exchange]]) -> None:
-        self.read = read
+    read: Callable[[Request[AppState]], Awaitable[Exchange]]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = await self.read(Request(scope, receive))
@@ -2762,16 +2766,15 @@ def operation(
 ) -> dict[str, Any]:
     """An operation that answers with *content*, or with an *error* of one of the *codes*."""
     text = {"schema": {"type": "string"}}
-    extra = {"401": "WWW-Authenticate", "429": "Retry-After", "502": "Retry-After"}
-    extra["503"] = "Retry-After"
+    extra = {"401": "WWW-Authenticate"} | dict.fromkeys(("429", "502", "503"), "Retry-After")
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
     denied: tuple[Code, ...] = ("unauthorized",) if secured else ()
     for code in ("host_not_allowed", *denied, *codes, "internal_error"):
         failure = Failure(code)
         problem = failure.problem("7f0c2a")
         kind, example = (PROBLEM, problem) if error == "Problem" else (JSON, failure.openai_error())
-        content = {kind: {"schema": ref(error), "examples": {}}}
-        response = {"description": problem["title"], "content": content}
+        problems = {kind: {"schema": ref(error), "examples": {}}}
+        response = {"description": problem["title"], "content": problems}
         response = responses.setdefault(str(failure.status_code), response)
         response["content"][kind]["examples"][code] = {"value": example}
     for status_code, response in responses.items():
@@ -2867,6 +2870,9 @@ def openapi(settings: Settings) -> dict[str, Any]:
     }
 
 
+CDN = "https://cdn.jsdelivr.net/npm"
+
+
 def docs_page(package: str, script: str, integrity: str, start: str, head: str = "") -> Response:
     """A page around a *script* of the CDN; *integrity* is that of the npm package's own file."""
     return HTMLResponse(f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -2877,7 +2883,6 @@ onerror="document.body.textContent = 'The CDN cannot be reached; see openapi.jso
 <script>{start}</script></body></html>""")
 
 
-CDN = "https://cdn.jsdelivr.net/npm"
 SWAGGER_UI = partial(
     docs_page,
     "swagger-ui-dist@5.35.0",

@@ -885,7 +885,7 @@ async def test_no_ask_has_a_header_that_the_upstream_has_no_use_for(start, upstr
 async def test_asks_and_the_probe_say_for_whom_they_are(start, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Team: blue\nUser-Agent: mine")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Team: blue")
     client = await start()
     await client.post("/ask", json=ASK)
     await client.get("/status")
