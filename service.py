@@ -1,26 +1,35 @@
 """A small back end between browser apps and any OpenAI-compatible API.
 
     POST /ask                  -> middleware -> endpoint -> Exchange -> the model's API
-    POST /v1/chat/completions     400, 403      401, 408,   429, 502, 503, 504; from the
-                                                413, 415,   first byte on, an error in the
+    POST /v1/chat/completions     400, 403,     401, 408,   429, 502, 503, 504; from the
+    POST /v1/responses            500           413, 415,   first byte on, an error in the
                                                 422         stream
     GET /, /status, /logs, /metrics, /v1/models, /openapi.json, /docs, /redoc
 
 Run it with `python service.py` or `uvicorn service:app`; .env.example lists every setting.
+
+The file reads from top to bottom; each room uses only those above it:
+
+    Settings       what the environment says
+    the log        Throttle, Mask, EventLog: structlog processors; a deque is what /logs reads
+    errors         ERRORS, Failure, and what the upstream says of its own (UpstreamError)
+    callers        tokens, RateLimiter, DailyBudget, Admission
+    requests       Ask, ChatCompletionRequest, ResponsesRequest -> ModelRequest
+    the upstream's answer    SSEDecoder, ChatFold, ResponsesFold
+    formats        how an answer looks to the client
+    Upstream       ModelClient (the one AsyncOpenAI), Tries, the probe
+    Metrics
+    Exchange       one answer, from its acceptance to its closing event
+    endpoints, middleware
+    LogDatabase, the demo model, OpenAPI, the page: a first reading may skip these
+    lifespan, create_app, main
 """
-
-import signal
-
-if __name__ == "__main__":
-    # The imports below take most of a second; Ctrl-C then ends them without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import asyncio
 import base64
 import bisect
 import codecs
 import email.utils
-import errno
 import gc
 import hashlib
 import hmac
@@ -34,56 +43,61 @@ import re
 import secrets
 import socket
 import sqlite3
+import ssl
 import string
 import sys
-import threading
 import time
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
-    Awaitable,
     Callable,
     Collection,
     Iterable,
     Iterator,
     Mapping,
+    Set,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field, fields
-from functools import cache, cached_property, lru_cache, partial
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
-from types import TracebackType
 from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     NoReturn,
     NotRequired,
-    Protocol,
     TypeVar,
     cast,
     get_args,
-    get_type_hints,
 )
 from urllib.parse import urlsplit
 
 import httpx2
 import structlog
 import uvicorn
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import (
     MISSING,
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
     JsonValue,
+    StringConstraints,
     TypeAdapter,
     ValidationError,
     create_model,
@@ -93,36 +107,47 @@ from pydantic_core import from_json
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, get_contextvars
 from structlog.types import EventDict, FilteringBoundLogger, WrappedLogger
 from typing_extensions import TypedDict
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 VERSION = "1.0.0"
 JSON, PROBLEM, SSE = "application/json", "application/problem+json", "text/event-stream"
-# The lookbehinds stand after the first letters: before them they would take three times as long.
+
+
+def at_start(word: str) -> str:
+    """*word* where no letter or digit precedes it, but that of a line end's repr or of a `%20`."""
+    return rf"{word}(?:(?<![A-Za-z0-9]{word})|(?<=\\[nrt]{word})|(?<=%20{word}))"
+
+
+# A key of OpenAI's, a bearer token, a JSON Web Token (base64url of `{"`). None of the three ever
+# matches only to fail at its end, so that a long text takes time in proportion to its length.
 KEY_SHAPED = (
-    r"sk-(?<![A-Za-z0-9]sk-)[\w*.-]+"
-    r"|[Bb](?<!\w[Bb])(?i:earer)\s+[^\s\"',]+"
-    r"|eyJ(?<!\weyJ)[\w-]+\.[\w-]+\.[\w-]*"
+    rf"{at_start('sk-')}[\w*.-]+|{at_start('[Bb]')}(?i:earer)\s++[^\s\"',]+"
+    rf"|{at_start('eyJ')}[\w-]{{7,}}[\w.-]*"
 )
 MAX_UPSTREAM_BYTES = 32 * 2**20
+MAX_HEAD_BYTES = 64 * 2**10
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 JsonObject = dict[str, JsonValue]
-T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 log: FilteringBoundLogger = structlog.get_logger()
 to_ascii_json = json.JSONEncoder().encode
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+# At these many readers split lines: Python's splitlines, httpx's and requests' iter_lines.
+ODD_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 
 def utf8_json(text: str) -> bytes:
@@ -131,7 +156,7 @@ def utf8_json(text: str) -> bytes:
     The former are half surrogate pairs, the latter U+0085, U+2028 and U+2029.
     """
     if not text.isascii():
-        text = re.sub("[\x85\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+        text = ODD_LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -153,201 +178,265 @@ class ConfigError(Exception):
     """Settings that cannot be used, a line for each."""
 
 
-def matching(accepted: str, pattern: str, convert: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser of what matches *pattern* and converts; its ValueError says what is *accepted*."""
-
-    def parse(text: str) -> T:
-        with suppress(ValueError):
-            if re.fullmatch(pattern, text, re.ASCII):
-                return convert(text)
-        raise ValueError(accepted)
-
-    return parse
+def split(value: object) -> object:
+    """The items of a string that are separated by commas; empty ones do not count."""
+    if not isinstance(value, str):
+        return value
+    return tuple(item.strip() for item in value.split(",") if item.strip())
 
 
-def integer_between(low: int, high: int) -> Callable[[str], int]:
-    def within(text: str) -> int:
-        if not low <= int(text) <= high:
+def written_as(pattern: str) -> BeforeValidator:
+    """Strings that match *pattern*: int() and float() alone take `1_0`, `+5` and `1e3` too."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and not re.fullmatch(pattern, value):
             raise ValueError
-        return int(text)
+        return value
 
-    return matching(f"a whole number from {low} to {high}", "[0-9]{1,15}", within)
-
-
-def seconds_from(low: float) -> Callable[[str], float]:
-    def within(text: str) -> float:
-        if float(text) < low:
-            raise ValueError
-        return float(text)
-
-    accepted = f"a number of seconds from {low:g} to 999999"
-    return matching(accepted, r"[0-9]{1,6}(\.[0-9]{1,6})?", within)
+    return BeforeValidator(check)
 
 
-def comma_separated(accepted: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
-    """A parser of items that each match *pattern*; empty ones do not count."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        items = tuple(item.strip() for item in text.split(",") if item.strip())
-        if not all(re.fullmatch(pattern, item, re.ASCII) for item in items):
-            raise ValueError(accepted)
-        return items
-
-    return parse
+def long_secret(value: str) -> str:
+    if len(value.encode()) < 32:
+        raise ValueError
+    return value
 
 
-def lower_case(parse: Callable[[str], T]) -> Callable[[str], T]:
-    return lambda text: parse(text.lower())
-
-
-def http_url(text: str) -> str:
+def http_url(value: str) -> str:
     """A base URL, without the slash at its end."""
-    pattern = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?"
-    with suppress(ValueError, httpx2.InvalidURL):
-        parts = urlsplit(text)
-        like_an_address = re.fullmatch("[0-9.]+", parts.hostname or "")
-        plausible = re.fullmatch(pattern, text) and text.isprintable() and parts.port != 0
-        if plausible and not (like_an_address and not parse_ip(like_an_address[0])):
-            httpx2.URL(text)  # refuses what cannot be asked: too long, no name in the DNS' alphabet
-            return text.rstrip("/")
-    raise ValueError("an http:// or https:// URL")
-
-
-def model_name(text: str) -> str:
-    if not text.isprintable() or len(text) > 256:
-        raise ValueError("the name of a model")
-    return text
-
-
-def utf8_text(text: str) -> str:
+    pattern = r"(?a:(?i:https?)://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?)"
+    parts, host = urlsplit(value), urlsplit(value).hostname or ""
+    bad_address = re.fullmatch("[0-9.]+", host) and not parse_ip(host)
+    if (
+        not re.fullmatch(pattern, value)
+        or not value.isprintable()
+        or parts.port == 0
+        or bad_address
+    ):
+        raise ValueError
     try:
-        text.encode()
-    except UnicodeEncodeError as exc:
-        raise ValueError("text in UTF-8") from exc
-    return text
+        httpx2.URL(value)  # refuses what cannot be asked: too long, no name in the DNS' alphabet
+    except httpx2.InvalidURL as exc:
+        raise ValueError from exc
+    return value.rstrip("/")
 
 
-def long_secret(text: str) -> str:
-    if len(utf8_text(text).encode()) < 32:
-        raise ValueError("at least 32 bytes")
-    return text
+def browser_origin(value: str) -> str:
+    """An origin as browsers send it: lower case, no default port, its host in ASCII (RFC 6454)."""
+    if value == "*":
+        return value
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,/@?#*]+", value):
+        raise ValueError
+    try:
+        url = httpx2.URL(value.lower())
+    except httpx2.InvalidURL as exc:
+        raise ValueError from exc
+    netloc, ip = url.netloc.decode("ascii"), parse_ip(url.host)
+    return f"{url.scheme}://{netloc.replace(url.host, str(ip)) if ip else netloc}"
 
 
-def extra_body(text: str) -> JsonObject:
-    """The JSON object in *text*, without what is the service's own business."""
-    own = {"model", "messages", "stream", "stream_options"}
-    with suppress(ValueError):
-        value = from_json(text, allow_inf_nan=False)
+# The fields of a request to the model that are the service's own business.
+OWN_FIELDS = {"model", "messages", "stream", "stream_options"}
+
+
+def extra_body(value: object) -> object:
+    if isinstance(value, str):
+        value = from_json(value, allow_inf_nan=False)
         to_json(value).encode()  # refuses 1e999, which is read as infinity
-        if isinstance(value, dict) and own.isdisjoint(value):
-            return value
-    raise ValueError(f"a JSON object without {', '.join(sorted(own))}")
+        if not isinstance(value, dict) or not OWN_FIELDS.isdisjoint(value):
+            raise ValueError
+    return value
 
 
-level_name = matching(
-    f"one of {', '.join(LEVELS)}",
-    f"(?i:{'|'.join(LEVELS)})",
-    lambda text: cast(Level, text.upper()),
-)
-printable_ascii = matching("made of visible ASCII characters only", "[!-~]+", str)
-address = matching("a host name or an IP address", r"[\w.:%-]{1,253}", str)
-hosts = lower_case(comma_separated("host names separated by commas, or *", r"[\w.-]{1,253}|\*"))
-origins = lower_case(
-    comma_separated(
-        "origins such as https://app.example.com separated by commas, or *",
-        r"[a-z][a-z0-9+.-]*://[^\s,/@?#*]+|\*",
-    )
-)
-models = comma_separated("names of models separated by commas", r"[!-~]{1,256}")
+def whole(default: int | None, low: int, high: int) -> Any:
+    accepted = f"a whole number from {low} to {high}"
+    return Field(default, ge=low, le=high, description=accepted)
 
 
-@dataclass(frozen=True)
-class Settings:
+def seconds(default: float, low: float) -> Any:
+    accepted = f"a number of seconds from {low:g} to 999999"
+    return Field(default, ge=low, le=999_999, allow_inf_nan=False, description=accepted)
+
+
+def secret(default: str = "", accepted: str = "made of visible ASCII characters only") -> Any:
+    return Field(default, pattern="^[!-~]*$", description=accepted, repr=False)
+
+
+def accepted(default: Any, what: str, *, hidden: bool = False) -> Any:
+    return Field(default, description=what, repr=not hidden)
+
+
+Whole = Annotated[int, written_as("[0-9]{1,15}")]
+Seconds = Annotated[float, written_as(r"[0-9]{1,6}(\.[0-9]{1,6})?")]
+LevelName = Annotated[Level, BeforeValidator(lambda text: text.upper() if text.isascii() else text)]
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # no half surrogates
+Items = BeforeValidator(split)
+ModelName = Annotated[str, StringConstraints(pattern="^[!-~]{1,256}$")]
+Host = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.-]{1,253}|\*)$", to_lower=True)]
+
+
+class Settings(BaseModel):
     """What the environment says; each field is the variable of the same name in capitals.
 
-    Beside the type of each stands its parser, whose ValueError says what it accepts.
+    The description of each says what it accepts; what is or may hold a secret has no repr.
     """
 
-    openai_api_key: Annotated[str, printable_ascii] = field(default="", repr=False)
-    openai_model: Annotated[str, model_name] = "gpt-5.4-mini"
-    openai_models: Annotated[tuple[str, ...], models] = ()
-    openai_base_url: Annotated[str, http_url] = field(
-        default="https://api.openai.com/v1", repr=False
+    model_config = ConfigDict(frozen=True)
+
+    openai_api_key: str = secret()
+    openai_model: Annotated[str, StringConstraints(pattern=r"^\P{C}+$", max_length=256)] = accepted(
+        "gpt-5.4-mini", "the name of a model"
     )
-    openai_timeout: Annotated[float, seconds_from(0.001)] = 120.0
-    openai_max_retries: Annotated[int, integer_between(0, 100)] = 2
-    openai_extra_body: Annotated[JsonObject | None, extra_body] = field(default=None, repr=False)
-    system_prompt: Annotated[str, utf8_text] = field(default="", repr=False)
-    max_output_tokens: Annotated[int | None, integer_between(1, 1_000_000_000)] = None
-    api_host: Annotated[str, address] = "127.0.0.1"
-    api_port: Annotated[int, integer_between(0, 65535)] = 8000
-    max_concurrent_asks: Annotated[int, integer_between(1, 1_000_000)] = 1000
-    max_body_bytes: Annotated[int, integer_between(1, 1_000_000_000)] = 1_048_576
-    heartbeat_seconds: Annotated[float, seconds_from(0.1)] = 15.0
-    client_timeout: Annotated[float, seconds_from(0.001)] = 60.0
-    cors_origins: Annotated[tuple[str, ...], origins] = (
-        "http://localhost:4200",
-        "http://localhost:4201",
+    openai_models: Annotated[tuple[ModelName, ...], Items] = accepted(
+        (), "names of models separated by commas"
     )
-    allowed_hosts: Annotated[tuple[str, ...], hosts] = ()
-    api_token: Annotated[str, printable_ascii] = field(default="", repr=False)
-    jwt_secret: Annotated[str, long_secret] = field(default="", repr=False)
-    jwt_audience: Annotated[str, utf8_text] = ""
-    admin_token: Annotated[str, printable_ascii] = field(default="", repr=False)
-    rate_limit: Annotated[int, integer_between(0, 1_000_000)] = 0
-    daily_tokens: Annotated[int, integer_between(0, 10**15 - 1)] = 0
-    log_level: Annotated[Level, level_name] = "INFO"
-    log_buffer_size: Annotated[int, integer_between(1, 100_000)] = 1000
-    log_database: Annotated[str, utf8_text] = ""
+    openai_base_url: Annotated[str, AfterValidator(http_url)] = accepted(
+        "https://api.openai.com/v1", "an http:// or https:// URL without a password"
+    )
+    openai_timeout: Seconds = seconds(120, 0.001)
+    openai_max_retries: Whole = whole(2, 0, 100)
+    openai_extra_body: Annotated[JsonObject | None, BeforeValidator(extra_body)] = accepted(
+        None, f"a JSON object without {', '.join(sorted(OWN_FIELDS))}", hidden=True
+    )
+    system_prompt: Text = accepted("", "text in UTF-8", hidden=True)
+    max_output_tokens: Whole | None = whole(None, 1, 1_000_000_000)
+    api_host: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:%-]{1,253}$")] = accepted(
+        "127.0.0.1", "a host name or an IP address"
+    )
+    api_port: Whole = whole(8000, 0, 65535)
+    max_concurrent_asks: Whole = whole(1000, 1, 1_000_000)
+    max_body_bytes: Whole = whole(1_048_576, 1, 1_000_000_000)
+    heartbeat_seconds: Seconds = seconds(15, 0.1)
+    client_timeout: Seconds = seconds(60, 0.001)
+    cors_origins: Annotated[tuple[Annotated[str, AfterValidator(browser_origin)], ...], Items] = (
+        accepted(
+            ("http://localhost:4200", "http://localhost:4201"),
+            "origins such as https://app.example.com separated by commas, or *",
+        )
+    )
+    allowed_hosts: Annotated[tuple[Host, ...], Items] = accepted(
+        (), "host names separated by commas, or *"
+    )
+    api_token: str = secret()
+    jwt_secret: Annotated[str, AfterValidator(long_secret)] = accepted(
+        "", "at least 32 bytes", hidden=True
+    )
+    jwt_audience: Text = accepted("", "text in UTF-8")
+    admin_token: str = secret()
+    rate_limit: Whole = whole(0, 0, 1_000_000)
+    daily_tokens: Whole = whole(0, 0, 10**15 - 1)
+    log_level: LevelName = accepted("INFO", f"one of {', '.join(LEVELS)}")
+    log_buffer_size: Whole = whole(1000, 1, 100_000)
+    log_database: Text = accepted("", "a path in UTF-8")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Settings from the variables in *env*; raises ConfigError, a line for every wrong one."""
-        values, wrong = {}, []
-        annotated = get_type_hints(cls, include_extras=True)
-        for each in fields(cls):
-            name = each.name.upper()
-            text = env.get(name, "").strip()
-            if not text and (name != "CORS_ORIGINS" or name not in env):
-                continue
-            try:
-                values[each.name] = annotated[each.name].__metadata__[0](text)
-            except ValueError as exc:
-                shown = re.sub(KEY_SHAPED, "***", ascii(text[:100])) if each.repr else "its value"
-                wrong.append(f"{name}: {shown} is not {exc}")
+        given = {name: cls.written(env.get(name.upper(), "")) for name in cls.model_fields}
+        may_be_empty = {"cors_origins"} if "CORS_ORIGINS" in env else set()
+        wrong = list(library_complaints(env))
+        try:
+            settings = cls.model_validate(
+                {name: text for name, text in given.items() if text or name in may_be_empty}
+            )
+        except ValidationError as exc:
+            names = dict.fromkeys(str(error["loc"][0]) for error in exc.errors(include_url=False))
+            wrong = [*(cls.complaint(name, given[name]) for name in names), *wrong]
         if wrong:
             raise ConfigError("\n".join(wrong))
-        return cls(**values)
+        return settings
+
+    @classmethod
+    def written(cls, value: str) -> str:
+        """*value* without white space around it; nothing else is not nothing, a token least."""
+        return value.strip() or value
+
+    @classmethod
+    def complaint(cls, name: str, value: str) -> str:
+        known = cls.model_fields[name]
+        if name == "openai_base_url":  # whatever may be a password, or a key in a query
+            value = re.sub(r"(?s)(?<=//).*@|^(?!\w+://).*@", "***@", value).partition("?")[0]
+        shown = re.sub(KEY_SHAPED, "***", ascii(value[:100])) if known.repr else "its value"
+        return f"{name.upper()}: {shown} is not {known.description}"
 
     @property
     def demo(self) -> bool:
-        return self.openai_api_key == "demo"
+        return self.openai_api_key.lower() == "demo"
 
     @property
     def models(self) -> tuple[str, ...]:
         """The models that a request may name, each once."""
         return tuple(dict.fromkeys((self.openai_model, *self.openai_models)))
 
-    @cached_property
-    def secret(self) -> re.Pattern[str]:
-        """What must never be shown. A value so short that it may be any word cannot be hidden."""
-        own = (self.openai_api_key, self.api_token, self.admin_token, self.jwt_secret)
-        known = (value for value in own if len(value) >= 8)
-        return re.compile("|".join([*map(re.escape, known), KEY_SHAPED]))
+    @property
+    def wants_token(self) -> bool:
+        return bool(self.api_token or self.jwt_secret)
+
+    @property
+    def is_openai(self) -> bool:
+        return bool(re.search(r"(^|\.)openai\.com$", urlsplit(self.openai_base_url).hostname or ""))
+
+    @property
+    def token_field(self) -> str:
+        """Where the model takes max_tokens: Ollama, for one, silently ignores the newer name."""
+        azure = re.search(r"(^|\.)azure\.com$", urlsplit(self.openai_base_url).hostname or "")
+        return "max_completion_tokens" if self.is_openai or azure else "max_tokens"
+
+
+def library_complaints(env: Mapping[str, str]) -> Iterator[str]:
+    """A line for each variable of the libraries' that would end in a traceback, or fail asks."""
+    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    for name in (*proxies, *map(str.lower, proxies)):
+        proxy = env.get(name, "")
+        with suppress(httpx2.InvalidURL):
+            url = httpx2.URL(proxy if "://" in proxy else f"http://{proxy}")
+            if url.scheme in {"http", "https"} and 0 < (url.port or 1) < 65536:
+                continue
+        yield f"{name}: its value is not the http:// or https:// URL of a proxy"
+    for name in filter(env.get, ("SSL_CERT_FILE", "SSLKEYLOGFILE")):
+        try:
+            ssl.create_default_context(cafile=env.get("SSL_CERT_FILE") or None)
+        except (OSError, ValueError) as exc:
+            yield f"{name}: {env[name]!a} cannot be used: {exc}"
+    patterns = {"WEB_CONCURRENCY": "[0-9]+", "OPENAI_ORG_ID": "[!-~]+"}
+    patterns |= {"OPENAI_PROJECT_ID": "[!-~]+", "OPENAI_CUSTOM_HEADERS": "[ -~\n]+"}
+    for name, pattern in patterns.items():
+        if (value := env.get(name)) and not re.fullmatch(pattern, value):
+            yield f"{name}: its value does not match {pattern!a}"
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables in a `.env`, as they are written; raises ConfigError for what is no variable.
+
+    Not by dotenv_values, which passes over a line that it cannot parse, and expands `${x}`.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            bindings = list(parse_stream(file))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f".env cannot be read: {exc}") from exc
+    # A name alone is no assignment either, though python-dotenv takes it.
+    wrong = [each.original for each in bindings if each.error or (each.key and each.value is None)]
+    if wrong:
+        # The text of each begins with the empty lines before it.
+        blank = (re.match(r"\s*", each.string) for each in wrong)
+        lines = [
+            each.line + found[0].count("\n")
+            for each, found in zip(wrong, blank, strict=True)
+            if found
+        ]
+        raise ConfigError("\n".join(f".env: line {line} cannot be parsed" for line in lines))
+    return {each.key: each.value for each in bindings if each.key and each.value is not None}
 
 
 def environment() -> dict[str, str]:
     """The `.env` of the working directory under the real environment; empty is not set."""
-    try:
-        file = dotenv_values(".env", encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f".env cannot be read: {exc}") from exc
-    variables = itertools.chain(file.items(), os.environ.items())
-    return {
-        name: value
-        for name, value in variables
-        if value is not None and (value.strip() or name == "CORS_ORIGINS")
+    set_ones = {
+        name: value for name, value in os.environ.items() if value or name == "CORS_ORIGINS"
     }
+    return read_env_file(Path(".env")) | set_ones
 
 
 class LogEvent(TypedDict):
@@ -359,191 +448,96 @@ class LogEvent(TypedDict):
     metadata: JsonObject | None
 
 
-class EventLog:
-    """The newest log events, in memory, as a structlog processor that lets them pass.
+class Throttle:
+    """A structlog processor that lets events pass which strangers cause, one a second and kind.
 
-    It masks what is *secret* and cuts values to 2,000 characters.
+    Such an event names its kind as `stranger`; the next one of it tells how many were left out.
     """
 
-    def __init__(self, capacity: int, secret: re.Pattern[str]) -> None:
-        self.capacity = capacity
-        self._events: deque[tuple[int, LogEvent]] = deque(maxlen=capacity)
-        self._numbers = itertools.count(1)
-        self._secret = secret
+    def __init__(self) -> None:
+        # By event and kind: when one passed last, and how many were left out since.
+        self.seen: dict[tuple[str, str], tuple[float, int]] = {}
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        values = {key: self._redacted(value) for key, value in event.items()}
-        entry = {
-            "timestamp": values.pop("timestamp"),
-            "level": method.upper(),
-            "message": values.pop("event"),
-        }
-        event_kept = cast(LogEvent, {**entry, "metadata": values or None})
-        self._events.append((next(self._numbers), event_kept))
-        return {**entry, **values}
+        kind = event.pop("stranger", None)
+        if kind is None:
+            return event
+        key, now = (event["event"], kind), time.monotonic()
+        last, suppressed = self.seen.get(key, (-math.inf, 0))
+        if now < last + 1:
+            self.seen[key] = last, suppressed + 1
+            raise structlog.DropEvent
+        self.seen[key] = now, 0
+        return {**event, "suppressed": suppressed} if suppressed else event
 
-    def _redacted(self, value: object) -> JsonValue:
+
+class Mask:
+    """A structlog processor that masks secrets and cuts values to 2,000 characters."""
+
+    def __init__(self, settings: Settings) -> None:
+        own = (
+            settings.openai_api_key,
+            settings.api_token,
+            settings.admin_token,
+            settings.jwt_secret,
+        )
+        # A value so short that it may be any word cannot be hidden.
+        known = (
+            re.escape(value) for value in sorted(own, key=len, reverse=True) if len(value) >= 8
+        )
+        self.pattern = re.compile("|".join([*known, KEY_SHAPED]))
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        head = {
+            "timestamp": event.pop("timestamp"),
+            "level": method.upper(),
+            "message": event.pop("event"),
+        }
+        return {key: self.value(value) for key, value in {**head, **event}.items()}
+
+    def text(self, text: str) -> str:
+        masked = self.pattern.sub("***", text)
+        # Head and tail, because a traceback says most in its last line.
+        return masked if len(masked) <= 2000 else f"{masked[:997]} [...] {masked[-996:]}"
+
+    def value(self, value: object) -> JsonValue:
+        """*value* as JSON can have it, with 100 entries a level at most."""
         if isinstance(value, int | None) or (isinstance(value, float) and math.isfinite(value)):
             return value
         if isinstance(value, list | tuple):
-            return [self._redacted(item) for item in value[:100]]
+            return [self.value(item) for item in value[:100]]
         if isinstance(value, dict):
             pairs = itertools.islice(value.items(), 100)
-            return {str(self._redacted(str(key))): self._redacted(item) for key, item in pairs}
-        text = self._secret.sub("***", value if isinstance(value, str) else repr(value))
-        # Head and tail, because a traceback says most in its last line.
-        return text if len(text) <= 2000 else f"{text[:997]} [...] {text[-996:]}"
-
-    def since(self, number: int) -> list[tuple[int, LogEvent]]:
-        """The events kept that came after the one of this *number*, oldest first."""
-        newest_first = reversed(list(self._events))  # a copy: other threads read here too
-        return list(itertools.takewhile(lambda each: each[0] > number, newest_first))[::-1]
-
-    async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
-        """The newest *limit* events, of one level where one is given, oldest first."""
-        newest_first = (event for _, event in reversed(list(self._events)))
-        wanted = (event for event in newest_first if level in (None, event["level"]))
-        return list(itertools.islice(wanted, limit))[::-1]
+            return {self.text(str(key)): self.value(item) for key, item in pairs}
+        return self.text(value if isinstance(value, str) else repr(value))
 
 
-class LogDatabase:
-    """The newest events of all processes that share a SQLite file, in the place of *ring*.
+def as_log_event(event: EventDict) -> LogEvent:
+    rest = {key: value for key, value in event.items() if key not in LogEvent.__annotations__}
+    return LogEvent(
+        timestamp=event["timestamp"],
+        level=event["level"],
+        message=event["message"],
+        metadata=rest or None,
+    )
 
-    One thread writes and another reads, so that no lock and no full disk holds up an ask. What
-    cannot be written stays in the ring and is tried again; where nothing can be read, the ring
-    answers.
-    """
 
-    # The last statement fails where the file is read-only, as BEGIN IMMEDIATE does not.
-    OPENING = """CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT,
-        run TEXT NOT NULL, number INTEGER NOT NULL, level TEXT NOT NULL, event TEXT NOT NULL,
-        UNIQUE (run, number));
-        SELECT id, run, number, level, event FROM events WHERE false;
-        PRAGMA journal_mode = WAL;
-        PRAGMA synchronous = NORMAL;
-        DELETE FROM events WHERE false"""
-    NEWEST = "SELECT coalesce(max(number), 0) FROM events WHERE run = ?"
-    BATCH_SECONDS, RETRY_SECONDS, LOOK_SECONDS, READ_SECONDS = 0.05, 0.5, 5, 2
+class EventLog:
+    """The newest log events, as a structlog processor that lets them pass."""
 
-    def __init__(self, path: str, ring: EventLog) -> None:
-        """Opens the file at *path*; raises ConfigError where that is not to be had."""
-        self._path, self._ring = path, ring
-        self._run = secrets.token_hex(8)
-        self._connection: sqlite3.Connection | None = None
-        # Which file is open, and the number of the newest event that is in it.
-        self._inode, self._written = 0, 0
-        self._waiting, self._closing = threading.Event(), threading.Event()
-        self._storing = threading.Lock()
-        self._reader = ThreadPoolExecutor(1)
-        try:
-            self._connection = self._open()
-        except (sqlite3.Error, OSError, ValueError) as exc:
-            if not self._is_lock(exc):
-                raise ConfigError(f"LOG_DATABASE: {path!a} cannot be used: {exc}") from exc
-        threading.Thread(target=self._write, daemon=True).start()
+    def __init__(self, capacity: int) -> None:
+        self.events: deque[EventDict] = deque(maxlen=capacity)
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        self._waiting.set()
-        if self._closing.is_set():
-            self._flush()
+        # A copy, because the processors after this one may edit what they are handed.
+        self.events.append({**event})
         return event
 
     async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
-        """As the ring's, of all processes; those of this one that wait to be written come last."""
-        loop = asyncio.get_running_loop()
-        with suppress(sqlite3.Error, OSError, ValueError, TimeoutError):
-            async with asyncio.timeout(self.READ_SECONDS):
-                return await loop.run_in_executor(self._reader, self._read, level, limit)
-        return await self._ring.tail(level=level, limit=limit)
-
-    def close(self) -> None:
-        """From here on each event is written at once: SIGTERM ends the process at any moment."""
-        self._closing.set()
-        self._waiting.set()
-        self._flush()
-
-    def _write(self) -> None:
-        # After a pause, so that many events make one transaction.
-        while not self._closing.wait(self.BATCH_SECONDS):
-            self._waiting.clear()
-            if self._flush():
-                self._waiting.wait(self.LOOK_SECONDS)
-            else:
-                self._closing.wait(self.RETRY_SECONDS)
-
-    def _flush(self) -> bool:
-        """Whether all that waited is in the file now."""
-        with self._storing:
-            try:
-                self._store()
-            except (sqlite3.Error, OSError) as exc:
-                if not self._is_lock(exc):
-                    self._disconnect()
-                return False
-            if self._closing.is_set():
-                self._disconnect()  # the last one leaves no -wal behind
-            return True
-
-    def _store(self) -> None:
-        if self._connection is None or self._inode != os.stat(self._path).st_ino:
-            # First the old one: it deletes the -wal, by its name, when it is closed.
-            self._disconnect()
-            self._connection = self._open()
-        if not (waiting := self._ring.since(self._written)):
-            return
-        rows = [
-            (self._run, number, each["level"], utf8_json(to_json(each)).decode())
-            for number, each in waiting
-        ]
-        with self._connection as transaction:
-            transaction.executemany(
-                "INSERT OR IGNORE INTO events (run, number, level, event) VALUES (?, ?, ?, ?)",
-                rows,
-            )
-            transaction.execute(
-                "DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?",
-                (self._ring.capacity,),
-            )
-        self._written = waiting[-1][0]
-
-    def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=0.2, check_same_thread=False)
-        try:
-            connection.executescript(self.OPENING)
-            (self._written,) = connection.execute(self.NEWEST, (self._run,)).fetchone()
-            self._inode = os.stat(self._path).st_ino
-        except (sqlite3.Error, OSError):
-            connection.close()
-            raise
-        return connection
-
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    @staticmethod
-    def _is_lock(exc: Exception) -> bool:
-        locks = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL}
-        return getattr(exc, "sqlite_errorcode", 0) & 0xFF in locks
-
-    def _read(self, level: str | None, limit: int) -> list[LogEvent]:
-        if self._inode != os.stat(self._path).st_ino:
-            raise FileNotFoundError(self._path)
-        written = self._written
-        # A connection of its own each time: the writer's may be waiting for a lock.
-        uri = f"{Path(self._path).absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=0.2)) as connection:
-            connection.execute("BEGIN")  # both from one moment
-            (newest,) = connection.execute(self.NEWEST, (self._run,)).fetchone()
-            rows = connection.execute(
-                "SELECT event FROM events WHERE ? IN (level, '') ORDER BY id DESC LIMIT ?",
-                (level or "", limit),
-            ).fetchall()
-        events: list[LogEvent] = [json.loads(event) for (event,) in reversed(rows)]
-        waiting = (event for _, event in self._ring.since(max(written, newest)))
-        events += (each for each in waiting if level in (None, each["level"]))
-        return events[-min(limit, self._ring.capacity) :]
+        """The newest *limit* events, of one level where one is given, oldest first."""
+        newest_first = reversed(list(self.events))  # a copy: other threads may log meanwhile
+        wanted = (event for event in newest_first if level in (None, event["level"]))
+        return [as_log_event(event) for event in itertools.islice(wanted, limit)][::-1]
 
 
 class StdoutLogger:
@@ -559,12 +553,12 @@ class StdoutLogger:
     debug = info = warning = error = critical = msg
 
 
-class ConnectionCut(Exception):
-    """Ends a response that was begun and cannot be completed: uvicorn closes its connection."""
+# What uvicorn logs where an answer stops without its end, which is how a broken one looks broken.
+CUT_ANSWER = "ASGI callable returned without completing response."
 
 
 class StructlogHandler(logging.Handler):
-    """Puts through structlog what others log."""
+    """Puts through structlog what the libraries log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -572,13 +566,14 @@ class StructlogHandler(logging.Handler):
         except Exception:
             self.handleError(record)  # the standard handlers' way with arguments that do not fit
             return
-        cut = record.exc_info and isinstance(record.exc_info[1], ConnectionCut)
-        # A second Ctrl-C cuts what is under way, and uvicorn logs a traceback for each piece of it.
-        if cut or (
-            record.name == "uvicorn.error" and "CancelledError" in f"{record.exc_info}{message}"
-        ):
+        # `ask failed` or `ask cancelled` has told of both.
+        stopped = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+        if stopped or message == CUT_ANSWER:
             return
-        log.log(level, message.strip(), exc_info=record.exc_info)
+        kind: dict[str, str] = {}
+        if record.name == "uvicorn.error" and level == logging.WARNING:
+            kind["stranger"] = "uvicorn"  # its warnings are about bytes that anyone can send
+        log.log(level, message.strip(), exc_info=record.exc_info, **kind)
 
 
 def escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -586,16 +581,14 @@ def escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> Eve
     for key, value in event.items():
         text = repr(value) if isinstance(value, list | dict) else value
         if isinstance(text, str):
-            # A traceback keeps its lines.
-            unsafe = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]" + (
-                "" if key == "exception" else r"|\n"
-            )
+            line_end = "" if key == "exception" else r"|\n"  # a traceback keeps its lines
+            unsafe = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]" + line_end
             event[key] = re.sub(unsafe, lambda found: ascii(found[0])[1:-1], text)
     return event
 
 
 def render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
-    return to_ascii_json(event)  # a fifth of the cost of structlog's JSONRenderer
+    return to_ascii_json(event)  # a fifth of the time of structlog's JSONRenderer
 
 
 def configure_logging(level: str, *sinks: Callable[[Any, str, EventDict], EventDict]) -> None:
@@ -610,6 +603,7 @@ def configure_logging(level: str, *sinks: Callable[[Any, str, EventDict], EventD
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            Throttle(),
             structlog.processors.TimeStamper("%Y-%m-%dT%H:%M:%S.%fZ"),
             structlog.processors.format_exc_info,
             *sinks,
@@ -630,32 +624,8 @@ def configure_logging(level: str, *sinks: Callable[[Any, str, EventDict], EventD
         server.propagate = name != "uvicorn.access"
 
 
-Code = Literal[
-    "invalid_json",
-    "host_not_allowed",
-    "upgrade_not_supported",
-    "upstream_rejected",
-    "unauthorized",
-    "origin_not_allowed",
-    "not_found",
-    "model_not_found",
-    "method_not_allowed",
-    "request_timeout",
-    "body_too_large",
-    "unsupported_media_type",
-    "invalid_request",
-    "rate_limited",
-    "too_many_asks",
-    "budget_exhausted",
-    "internal_error",
-    "upstream_auth",
-    "upstream_unreachable",
-    "upstream_error",
-    "not_configured",
-    "overloaded",
-    "upstream_timeout",
-]
-ERRORS: dict[Code, tuple[int, str]] = {
+# The status and the sentence of each. What a visitor of an app can meet speaks to that person.
+ERRORS: dict[str, tuple[int, str]] = {
     "invalid_json": (400, "The body must be one JSON object in UTF-8."),
     "host_not_allowed": (400, "This Host is not served here; ALLOWED_HOSTS can name further ones."),
     "upgrade_not_supported": (
@@ -664,7 +634,7 @@ ERRORS: dict[Code, tuple[int, str]] = {
         "HttpClient.newBuilder().version(HTTP_1_1); curl: --http1.1).",
     ),
     "upstream_rejected": (400, "The model's API refused this request."),
-    "unauthorized": (401, "A valid token is needed: `Authorization: Bearer <token>`."),
+    "unauthorized": (401, "You need to sign in to ask, or to sign in again."),
     "origin_not_allowed": (403, "This origin may not call; CORS_ORIGINS names those that may."),
     "not_found": (404, "There is nothing at this path."),
     "model_not_found": (
@@ -675,28 +645,19 @@ ERRORS: dict[Code, tuple[int, str]] = {
     "request_timeout": (408, "The body did not arrive within CLIENT_TIMEOUT."),
     "body_too_large": (413, "The body is larger than MAX_BODY_BYTES."),
     "unsupported_media_type": (415, "The body must be sent as application/json."),
-    "invalid_request": (422, "The request has wrong fields; `errors` names each."),
-    "rate_limited": (429, "The model's API has had too many requests; try again later."),
-    "too_many_asks": (429, "You have used up your RATE_LIMIT; Retry-After says when to ask again."),
-    "budget_exhausted": (429, "The DAILY_TOKENS of all callers are used up until midnight UTC."),
+    "invalid_request": (422, "Something in this question is missing or cannot be used."),
+    "rate_limited": (429, "The model has had too many questions; try again later."),
+    "too_many_asks": (429, "Too many questions at once; try again in {} s."),
+    "budget_exhausted": (429, "No more questions can be answered today; try again tomorrow."),
     "internal_error": (500, "The service failed; its log says why, under this request_id."),
-    "upstream_auth": (502, "The model's API did not accept the service's key."),
-    "upstream_unreachable": (502, "The model's API cannot be reached."),
-    "upstream_error": (502, "The model's API failed or broke off its answer."),
-    "not_configured": (503, "The service has no OPENAI_API_KEY."),
-    "overloaded": (503, "MAX_CONCURRENT_ASKS asks are under way; try again shortly."),
-    "upstream_timeout": (504, "The model's API was silent for longer than OPENAI_TIMEOUT."),
+    "upstream_auth": (502, "The model is not available: its provider refused this service."),
+    "upstream_unreachable": (502, "The model cannot be reached right now; try again later."),
+    "upstream_error": (502, "The model failed or broke off its answer; try again."),
+    "not_configured": (503, "No model has been set up here yet."),
+    "overloaded": (503, "Too many questions are being answered right now; try again shortly."),
+    "upstream_timeout": (504, "The model took too long to answer; try again."),
 }
-# Codes that the document lists by themselves: an ask never gets them, or only with a token or
-# under /v1, or every operation does.
-NOT_LISTED_FOR_ASKS = {
-    "not_found",
-    "method_not_allowed",
-    "unauthorized",
-    "host_not_allowed",
-    "internal_error",
-    "model_not_found",
-}
+Code = Annotated[str, Field(json_schema_extra={"enum": [*ERRORS]})]
 # The names of RFC 9110; Python before 3.13 has older ones.
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 
@@ -731,22 +692,148 @@ class ErrorEvent(TypedDict):
 
 
 class OpenAIErrorDetail(TypedDict):
+    """`code`, `type` and `param` are the model provider's own where it refused the request."""
+
     message: str
-    type: Literal[
-        "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
-    ]
+    type: str
     param: str | None
-    code: Code
+    code: str
+    innererror: NotRequired[JsonObject]
 
 
-class OpenAIError(TypedDict):
+class OpenAIErrorBody(TypedDict):
     """Why a request under `/v1` failed, in the shape that OpenAI's libraries read."""
 
     error: OpenAIErrorDetail
 
 
+@dataclass(frozen=True)
+class UpstreamError:
+    """What the model's API says of a failure, in whatever form that came.
+
+    *status* is that of its answer, or the one that an error in a 200 tells; None where it tells
+    none. *retry_after* is in whole seconds.
+    """
+
+    status: int | None
+    message: str = ""
+    code: str | None = None
+    param: str | None = None
+    type: str | None = None
+    innererror: JsonObject | None = None
+    retry_after: int | None = None
+    # It came in a 200.
+    in_answer: bool = False
+
+    def masked(self, mask: Mask) -> "UpstreamError":
+        shown: dict[str, Any] = {"message": mask.text(self.message)}
+        shown["innererror"] = self.innererror and mask.value(self.innererror)
+        for name in ("code", "param", "type"):
+            shown[name] = (value := getattr(self, name)) and mask.text(value)[:256]
+        return replace(self, **shown)
+
+
+def integral(value: object) -> object:
+    """1.0 as 1: to JSON Schema it is an integer (section 6.1.1)."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def parse_retry_after(value: str) -> int | None:
+    """Whole seconds of a Retry-After header, or to its date (RFC 9110, 10.2.3); a day at most."""
+    with suppress(ValueError, OverflowError):
+        try:
+            delay = float(value)
+        except ValueError:
+            delay = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        return math.ceil(min(max(0, delay), 86400)) if math.isfinite(delay) else None
+    return None
+
+
+def parse_json(data: bytes | str) -> Any:
+    """JSON as upstreams write it: half surrogate pairs pass, bytes that are no UTF-8 are replaced.
+
+    Raises ValueError for all else.
+    """
+    try:
+        return from_json(data)
+    except ValueError:
+        text = data.decode("utf-8-sig", "replace") if isinstance(data, bytes) else data
+        try:
+            return json.loads(text)
+        except RecursionError as exc:
+            raise ValueError("nested too deeply") from exc
+
+
+def error_message(error: Any, depth: int = 0) -> str:
+    """The sentence in *error*: the body of a refusal, or a part of it, in whatever form."""
+    deeper = partial(error_message, depth=depth + 1)
+    if depth > 8:
+        return ""
+    if isinstance(error, str):
+        with suppress(ValueError):  # some quote another server's JSON, some a proxy's page
+            if error.lstrip()[:1] in {"{", "["}:
+                return deeper(parse_json(error))
+        page = re.search(r"<(?:!doctype|html|head|body)\b", error, re.IGNORECASE)
+        return "" if page or error.lstrip("\ufeff \r\n\t").startswith("<") else error.strip()
+    if isinstance(error, list):
+        return "; ".join(filter(None, map(deeper, error[:10])))
+    if not isinstance(error, dict):
+        return ""
+    raw, base = (error.get(name) or {} for name in ("metadata", "base_resp"))
+    parts = [
+        raw.get("raw") if isinstance(raw, dict) else None,  # OpenRouter's
+        *(each for name in ("error", "errors") if isinstance(each := error.get(name), dict | list)),
+        *map(error.get, ("message", "error_message", "detail", "msg", "error")),
+        base.get("status_msg") if isinstance(base, dict) else None,  # MiniMax's
+    ]
+    message = next(filter(None, map(deeper, parts)), "")
+    where = error.get("loc")  # FastAPI's
+    return f"{'.'.join(map(str, where))}: {message}" if isinstance(where, list) else message
+
+
+def status_of(error: Mapping[str, Any]) -> int | None:
+    """The HTTP status that an error tells, as its code or its status."""
+    for name in ("code", "status", "status_code", "statusCode"):
+        told = str(integral(error.get(name)))
+        if re.fullmatch("[45][0-9]{2}", told):
+            return int(told)
+    return None
+
+
+def read_error(value: Any, status: int | None = None, retry_after: str = "") -> UpstreamError:
+    """What *value*, the body of a refusal or an error in a 200, says; *status* is the answer's.
+
+    What stands deeper in it, in `error` for instance, is the nearer.
+    """
+    in_answer = status is None
+    error: Any = value
+    fields: dict[str, Any] = {}
+    while isinstance(error, dict | list) and error:
+        if isinstance(error, list):
+            error = error[0]
+            continue
+        status = status or status_of(error)
+        fields = {**fields, **error}
+        inner_parts = map(error.get, ("error", "errors", "detail", "message"))
+        error = next((each for each in inner_parts if isinstance(each, dict | list)), None)
+    words = {name: fields.get(name) for name in ("code", "param", "type")}
+    inner = fields.get("innererror")
+    return UpstreamError(
+        status=status,
+        message=error_message(value),
+        innererror=inner if isinstance(inner, dict) else None,
+        retry_after=parse_retry_after(retry_after),
+        in_answer=in_answer,
+        **{name: each for name, each in words.items() if isinstance(each, str) and each},
+    )
+
+
 class Failure(HTTPException):
-    """One of ERRORS: a status before the first byte of an answer, an event after it."""
+    """One of ERRORS: a status before the first byte of an answer, an event after it.
+
+    *upstream* is what the model's API said, where it was that which failed, and *cause* the class
+    of what else stands behind it: both for the log.
+    """
 
     def __init__(
         self,
@@ -756,28 +843,37 @@ class Failure(HTTPException):
         headers: Mapping[str, str] | None = None,
         retry_after: int | None = None,
         errors: Collection[FieldError] = (),
+        upstream: UpstreamError | None = None,
+        cause: str | None = None,
     ) -> None:
         status, sentence = ERRORS[code]
         waiting = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        super().__init__(status, detail or sentence, {**(headers or {}), **waiting})
+        detail = detail or sentence.format(retry_after)
+        super().__init__(status, detail, {**(headers or {}), **waiting})
         self.code: Code = code
         self.retry_after = retry_after
         self.errors = list(errors)
-        # It ended an ask that was accepted, which is counted there.
-        self.counted = False
+        self.upstream = upstream
+        self.cause = cause
+
+    def mask(self, mask: Mask) -> None:
+        """Mask what the model's API said: it may quote a key."""
+        if self.upstream:
+            self.upstream, self.detail = self.upstream.masked(mask), mask.text(self.detail)
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.status_code) or HTTPStatus(self.status_code).phrase
 
     def problem(self, request_id: str) -> Problem:
-        status = self.status_code
         problem = Problem(
-            title=TITLES.get(status) or HTTPStatus(status).phrase,
-            status=status,
+            title=self.title,
+            status=self.status_code,
             detail=self.detail,
             code=self.code,
             request_id=request_id,
         )
-        if self.errors:
-            problem["errors"] = self.errors
-        return problem
+        return {**problem, "errors": self.errors} if self.errors else problem
 
     def error_event(self, request_id: str) -> ErrorEvent:
         event = ErrorEvent(
@@ -791,16 +887,52 @@ class Failure(HTTPException):
             event["retry_after"] = self.retry_after
         return event
 
-    def openai_error(self) -> OpenAIError:
-        status = self.status_code
-        kind: Any = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
-        kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
-        message, param = self.detail, None
-        if self.errors:
-            param = self.errors[0]["field"]
-            if self.code == "invalid_request":
-                message = "; ".join(f"{each['field']}: {each['detail']}" for each in self.errors)
-        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+    @property
+    def refused_upstream(self) -> UpstreamError | None:
+        """What the model's API said of this very request, which programs branch on."""
+        return self.upstream if self.code in {"upstream_rejected", "rate_limited"} else None
+
+    @property
+    def openai_status(self) -> int:
+        theirs = self.refused_upstream and self.refused_upstream.status
+        return theirs if theirs in {404, 413, 422} else self.status_code
+
+    def openai_error(self) -> OpenAIErrorBody:
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        usual = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        error = OpenAIErrorDetail(
+            message=self.detail,
+            type=kinds.get(self.status_code, usual),
+            param=self.errors[0]["field"] if self.errors else None,
+            code=self.code,
+        )
+        if self.errors and self.code == "invalid_request":
+            error["message"] = "; ".join(
+                f"{each['field']}: {each['detail']}" for each in self.errors
+            )
+        if theirs := self.refused_upstream:
+            error["code"] = theirs.code or error["code"]
+            error["type"] = theirs.type or error["type"]
+            error["param"] = theirs.param
+            if theirs.innererror:
+                error["innererror"] = theirs.innererror
+        return {"error": error}
+
+
+# The upstream's status as a code of ours; every other one is an upstream_error.
+UPSTREAM_CODES: dict[int | None, Code] = {
+    **dict.fromkeys((400, 402, 404, 413, 422), "upstream_rejected"),
+    **dict.fromkeys((401, 403), "upstream_auth"),
+    429: "rate_limited",
+}
+
+
+def from_upstream(error: UpstreamError) -> Failure:
+    """*error* as ours; its message only where it is about the client's own request."""
+    code = UPSTREAM_CODES.get(error.status, "upstream_error")
+    told = error.message if code in {"upstream_rejected", "rate_limited"} else ""
+    waits = error.retry_after if error.status in {429, 503, 529} else None
+    return Failure(code, told, retry_after=waits, upstream=error)
 
 
 def json_response(
@@ -812,7 +944,8 @@ def json_response(
     return Response(utf8_json(to_json(value)), status, headers, media_type)
 
 
-ASK_PATHS = frozenset({"/ask", "/v1/chat/completions"})
+V1_PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/models")
+ASK_PATHS = frozenset({"/ask", *V1_PATHS[:2]})
 
 
 def route_path(scope: Scope) -> str:
@@ -821,361 +954,12 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-async def error_response(request: Request[Any], exc: Exception) -> Response:
-    """The answer to what failed before it began; what is no Failure is the router's, or a defect.
-
-    Problem JSON, but under `/v1` what OpenAI's libraries read.
-    """
-    if isinstance(exc, Failure):
-        failure = exc
-    elif isinstance(exc, HTTPException):
-        code: Code = "method_not_allowed" if exc.status_code == 405 else "not_found"
-        failure = Failure(code, headers=exc.headers)
-    else:
-        failure = Failure("internal_error")
-    path = route_path(request.scope)
-    answered = not isinstance(exc, ClientDisconnect | ConnectionCut)
-    if path in ASK_PATHS and answered and not failure.counted:
-        request.scope["state"]["metrics"].count_refused(failure.code)
-    if path == "/v1" or path.startswith("/v1/"):
-        return json_response(failure.openai_error(), failure.status_code, failure.headers)
+def failure_response(scope: Scope, failure: Failure) -> Response:
+    """Problem JSON, but under `/v1` what OpenAI's libraries read."""
+    if f"{route_path(scope)}/".startswith("/v1/"):
+        return json_response(failure.openai_error(), failure.openai_status, failure.headers)
     problem = failure.problem(get_contextvars()["request_id"])
     return json_response(problem, failure.status_code, failure.headers, PROBLEM)
-
-
-class RequestIDMiddleware:
-    """Gives each request its id: on the response, in errors, and in every event logged for it.
-
-    It is the outermost, so it also keeps the server's own `send`, for ClientStream.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request_id = Headers(scope=scope).get("x-request-id", "")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id) or re.search(
-            KEY_SHAPED, request_id
-        ):
-            request_id = secrets.token_hex(16)
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = (b"x-request-id", request_id.encode())
-                message["headers"] = [*message["headers"], own]
-            await send(message)
-
-        # Never unbound: the context ends with uvicorn's task, which first logs what is raised here.
-        bind_contextvars(request_id=request_id)
-        # Middleware changes heads alone, and each would make a chunk that passes it 2 % dearer.
-        scope["server_send"] = send
-        try:
-            await self.app(scope, receive, send_with_id)
-        finally:
-            del scope["server_send"]  # which has the scope, in a circle
-
-
-class OriginWarning:
-    """Logs an origin that was refused, at most one a second: a flood would fill the log."""
-
-    def __init__(self) -> None:
-        self.last = -math.inf
-
-    def __call__(self, origin: str) -> None:
-        if time.monotonic() >= self.last + 1:
-            self.last = time.monotonic()
-            log.warning("origin not allowed", origin=origin, remedy="add it to CORS_ORIGINS")
-
-
-class LoggingCORSMiddleware(CORSMiddleware):
-    """CORS that logs the origins it refuses, of which a browser tells its developer nothing."""
-
-    def __init__(self, app: ASGIApp, origins: tuple[str, ...], warn: OriginWarning) -> None:
-        super().__init__(
-            app,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Request-ID"],
-        )
-        self.warn = warn
-
-    def preflight_response(self, request_headers: Headers) -> Response:
-        if not self.is_allowed_origin(request_headers["origin"]):
-            self.warn(request_headers["origin"])
-        return super().preflight_response(request_headers)
-
-
-class HostOriginMiddleware:
-    """Refuses names that DNS rebinding would carry, and what pages of other origins post."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, warn: OriginWarning) -> None:
-        self.app = app
-        self.hosts = frozenset(settings.allowed_hosts)
-        self.origins = frozenset(settings.cors_origins)
-        self.warn = warn
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        failure = self.refusal(scope) if scope["type"] == "http" else None
-        app = await error_response(Request(scope), failure) if failure else self.app
-        await app(scope, receive, send)
-
-    def refusal(self, scope: Scope) -> Failure | None:
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", "").lower(), headers.get("origin")
-        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        if has_body and "upgrade" in headers:
-            # uvicorn's parser has lost the body, and would take a late one for the next request.
-            return Failure("upgrade_not_supported", headers={"Connection": "close"})
-        if not self.allows_host(host, scope["server"]):
-            return Failure("host_not_allowed")
-        if scope["method"] == "POST" and origin and not self.allows_origin(origin, host):
-            self.warn(origin)
-            return Failure("origin_not_allowed")
-        return None
-
-    def allows_host(self, host: str, server: tuple[str, int | None] | None) -> bool:
-        local = server is not None and is_loopback(server[0])
-        if "*" in self.hosts or not (self.hosts or local):
-            return True
-        # A name has 253 characters at most (RFC 1035); urlsplit would keep longer ones in a cache.
-        if len(host) > 260:
-            return False
-        with suppress(ValueError):
-            name = urlsplit(f"//{host}").hostname or ""
-            return name == "localhost" or name in self.hosts or parse_ip(name) is not None
-        return False
-
-    def allows_origin(self, origin: str, host: str) -> bool:
-        # A page of the service itself: no scheme, since a proxy may have taken the TLS off.
-        own = bool(host) and origin.partition("://")[2] == host
-        return own or not self.origins.isdisjoint({origin, "*"})
-
-
-def integral(value: object) -> object:
-    """1.0 as 1: to JSON Schema it is an integer (section 6.1.1)."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def whole_number(low: int, high: int | None = None) -> Any:
-    # The bounds first: behind a validator they would be lost to the schema.
-    return Annotated[int, Field(ge=low, le=high), BeforeValidator(integral)]
-
-
-class Turn(BaseModel):
-    """One earlier turn of the conversation."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class Ask(BaseModel):
-    """What is left out is not sent to the model, whose own default then holds."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    prompt: str = Field(pattern=r"\S", description="What the user says now; not blank.")
-    history: list[Turn] = Field([], max_length=1000, description="Earlier turns, oldest first.")
-    model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
-    temperature: Annotated[float, Field(ge=0, le=2)] | MISSING = MISSING
-    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(integral)] | MISSING = Field(
-        MISSING, description="Upper bound on what the model may write."
-    )
-    stream: bool = Field(True, description="A stream, or the whole answer at once.")
-
-
-class ChatCompletionRequest(BaseModel):
-    """OpenAI's own request; further fields (tools, images, ...) go upstream as they come."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1), FailFast()]
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-
-
-class LogsQuery(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    limit: int = Field(100, ge=1, le=1000, description="At most so many events, the newest.")
-    level: Level | MISSING = Field(
-        MISSING, description="Only events of exactly this level, in any case."
-    )
-
-
-def ask_model(settings: Settings) -> type[Ask]:
-    """Ask within the bounds that the operator has set."""
-    literal: Any = Literal
-    narrowed: dict[str, Any] = {
-        "model": (literal[settings.models] | MISSING, Ask.model_fields["model"])
-    }
-    if settings.system_prompt:
-        roles: Any = Literal["user", "assistant"]
-        turn: Any = create_model("Turn", __base__=Turn, role=(roles, ...))
-        narrowed["history"] = (cast(Any, list)[turn], Ask.model_fields["history"])
-    if limit := settings.max_output_tokens:
-        bounded = whole_number(1, limit)
-        narrowed["max_tokens"] = (bounded | MISSING, Ask.model_fields["max_tokens"])
-    return create_model("Ask", __base__=Ask, **narrowed)
-
-
-class CallersMessage(TypedDict):
-    """A message of the kinds that a caller may send where the operator has a SYSTEM_PROMPT."""
-
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
-
-    role: Literal["user", "assistant", "tool", "function"]
-
-
-def chat_model(settings: Settings) -> type[ChatCompletionRequest]:
-    """ChatCompletionRequest within the bounds that the operator has set."""
-    narrowed: dict[str, Any] = {}
-    if settings.system_prompt:
-        messages = Annotated[list[CallersMessage], Field(min_length=1), FailFast()]
-        narrowed["messages"] = (messages, ...)
-    if limit := settings.max_output_tokens:
-        bounded = whole_number(1, limit)
-        narrowed["max_tokens"] = narrowed["max_completion_tokens"] = (bounded | None, None)
-        # llama.cpp's own name, which wins over the other two there.
-        narrowed["n_predict"] = (bounded | MISSING, MISSING)
-        narrowed["n"] = (whole_number(1, 1) | None, None)
-    return create_model("ChatCompletionRequest", __base__=ChatCompletionRequest, **narrowed)
-
-
-def prune(value: JsonValue, known: Collection[str]) -> JsonValue:
-    """*value* with 100 entries a level at most, the *known* ones kept."""
-    if isinstance(value, list):
-        return [prune(item, known) for item in value[:100]]
-    if isinstance(value, dict):
-        kept = sorted(value, key=lambda name: name not in known)[:100]
-        return {name: prune(value[name], known) for name in kept}
-    return value
-
-
-def validate(model: type[M], values: JsonObject) -> M:
-    """*values* as a *model*; raises a Failure that names every wrong field, the first 100."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as exc:
-        if exc.error_count() > 11_000:
-            # So many are listed in 0.1 s; all that 1 MiB can hold would take seconds and 900 MiB.
-            known = model.model_fields.keys() | Turn.model_fields.keys()
-            return validate(model, cast(JsonObject, prune(values, known)))
-        errors: list[FieldError] = []
-        for error in exc.errors(include_url=False, include_input=False)[:100]:
-            # The one pattern there is means this, and its own message would quote it.
-            blank = error["type"] == "string_pattern_mismatch"
-            detail = "Input should not be blank" if blank else error["msg"]
-            errors.append({"field": ".".join(map(str, error["loc"])), "detail": detail})
-        raise Failure("invalid_request", errors=errors) from exc
-
-
-class StallTimeout:
-    """An asyncio.timeout for waiting: TimeoutError where one wait takes over *limit* seconds.
-
-    Whoever waits sets `waiting_since` before and None after. To re-arm asyncio.timeout for each
-    read and write would cost 5 % of a chunk, so a timer looks only when the limit may be over.
-    """
-
-    __slots__ = (
-        "cancelling",
-        "clock",
-        "expired",
-        "limit",
-        "loop",
-        "task",
-        "timer",
-        "waiting_since",
-    )
-
-    def __init__(self, limit: float, waiting_since: float | None = None) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.clock = self.loop.time
-        self.limit = limit
-        self.waiting_since = waiting_since
-        self.expired = False
-
-    async def __aenter__(self) -> "StallTimeout":
-        self.task = cast("asyncio.Task[object]", asyncio.current_task(self.loop))
-        self.cancelling = self.task.cancelling()
-        self.arm(self.clock())
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.timer.cancel()
-        # As asyncio.timeout has it: a cancellation that is not only ours goes on as it came.
-        only_ours = self.expired and self.task.uncancel() <= self.cancelling
-        if only_ours and exc_type is asyncio.CancelledError:
-            raise TimeoutError from exc
-
-    def arm(self, now: float) -> None:
-        since = now if self.waiting_since is None else self.waiting_since
-        self.timer = self.loop.call_at(since + self.limit, self.look)
-
-    def look(self) -> None:
-        now = self.clock()
-        if self.waiting_since is not None and self.waiting_since + self.limit <= now:
-            self.expire()
-        else:
-            self.arm(now)
-
-    def expire(self) -> None:
-        """End the wait, as at its limit, where it has not ended."""
-        if not (self.expired or self.timer.cancelled()):
-            self.expired = True
-            self.task.cancel()
-
-
-async def discard_body(receive: Receive) -> None:
-    """Read on for a moment: many clients look for the answer only once they have sent it all."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(1):
-            more = True
-            while more:
-                async with asyncio.timeout(0.1):
-                    more = (await receive()).get("more_body", False)
-
-
-async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
-    """The JSON object in the body; raises 400, 408, 413 or 415."""
-    media_type = request.headers.get("content-type", "").partition(";")[0]
-    if media_type.strip().lower() != JSON:
-        raise Failure("unsupported_media_type")
-    too_large = int(request.headers.get("content-length", 0)) > settings.max_body_bytes
-    body = bytearray()
-    try:
-        async with StallTimeout(settings.client_timeout, asyncio.get_running_loop().time()):
-            more = not too_large
-            while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message.get("body", b"")
-                too_large = len(body) > settings.max_body_bytes
-                more = message.get("more_body", False) and not too_large
-    except TimeoutError as exc:
-        raise Failure("request_timeout", headers={"Connection": "close"}) from exc
-    if too_large:
-        if "expect" not in request.headers:  # a client that asked first has sent nothing yet
-            await discard_body(request.receive)
-        raise Failure("body_too_large")
-    try:
-        value = from_json(bytes(body), allow_inf_nan=False)
-    except ValueError as exc:
-        raise Failure("invalid_json", f"The body is not JSON in UTF-8: {exc}") from exc
-    if not isinstance(value, dict):
-        raise Failure("invalid_json")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -1184,6 +968,8 @@ class Caller:
 
     key: str
     user: str | None = None
+    # Nobody who showed a valid token.
+    stranger: bool = True
 
 
 def bearer_token(request: Request[Any]) -> str:
@@ -1217,13 +1003,17 @@ def verify_jwt(token: str, secret: str, audience: str, now: float) -> str:
         raise ValueError("its signature is wrong")
     if not isinstance(claims, dict):
         raise ValueError("its claims are no object")
+    return valid_subject(claims, audience, now)
+
+
+def valid_subject(claims: Mapping[str, Any], audience: str, now: float) -> str:
+    """The `sub` of *claims* that hold at *now*; else ValueError says which does not."""
 
     def is_number(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
 
-    expires: Any = claims.get("exp")
-    begins: Any = claims.get("nbf", now)
-    if not is_number(expires) or not now < expires + 30 < math.inf:
+    expires, begins = claims.get("exp"), claims.get("nbf", now)
+    if not is_number(expires) or not now < cast(float, expires) + 30 < math.inf:
         raise ValueError("it has expired, or has no exp")
     if not is_number(begins) or not begins - 30 <= now:
         raise ValueError("its nbf is ahead")
@@ -1244,20 +1034,27 @@ def address_key(host: str) -> str:
 
 
 def identify(request: Request["AppState"]) -> Caller:
-    """The caller of an ask; raises 401 where a token is wanted and there is no valid one."""
+    """The caller, also in the scope; raises 401 where a token is wanted and none is valid."""
     settings, token = request.state["settings"], bearer_token(request)
-    anyone = Caller(address_key(request.client.host[:64] if request.client else ""))
-    if not settings.api_token and not settings.jwt_secret:
-        return anyone
-    if settings.api_token and equal(token, settings.api_token):
-        return anyone
+    address = address_key(request.client.host[:64] if request.client else "")
+    if not settings.wants_token:
+        caller = Caller(address)
+    elif settings.api_token and equal(token, settings.api_token):
+        caller = Caller(address, stranger=False)
+    else:
+        caller = jwt_caller(settings, token)
+    # Where Starlette's own authentication keeps it: the log tells strangers apart.
+    request.scope["user"] = caller
+    return caller
+
+
+def jwt_caller(settings: Settings, token: str) -> Caller:
     if settings.jwt_secret:
         try:
             user = verify_jwt(token, settings.jwt_secret, settings.jwt_audience, time.time())
-            return Caller(f"user {user}", user)
+            return Caller(f"user {user}", user, stranger=False)
         except ValueError as exc:
-            if token:  # a flood of asks without one would fill the log
-                log.info("token refused", reason=str(exc))
+            log.info("token refused", reason=str(exc), stranger="token")
     raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -1294,24 +1091,47 @@ class RateLimiter:
 
 
 class DailyBudget:
-    """DAILY_TOKENS of all callers together, by the day in UTC; times are Unix seconds."""
+    """DAILY_TOKENS of all callers together, by the day in UTC.
+
+    *reserved* are the estimates of what is under way. LogDatabase shares *used* with other
+    processes: it takes what is *unshared*, and learns what all have used.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.day, self.used = 0, 0
+        self.day, self.used, self.unshared, self.reserved = 0, 0, 0, 0
+        # The day on which one of the processes has warned.
+        self.warned = 0
+        self.turn_page()
 
-    def wait(self, now: float) -> int:
+    def turn_page(self) -> None:
+        today = int(time.time() // 86400)
+        if today != self.day:
+            self.day, self.used, self.unshared = today, 0, 0
+
+    def wait(self) -> int:
         """Seconds until midnight where the budget is exhausted, else 0."""
-        spent = self.limit and self.day == now // 86400 and self.used >= self.limit
-        return math.ceil(86400 - now % 86400) if spent else 0
+        self.turn_page()
+        exhausted = self.limit and self.used + self.reserved >= self.limit
+        return math.ceil(86400 - time.time() % 86400) if exhausted else 0
 
-    def spend(self, tokens: int, now: float) -> None:
-        day = int(now // 86400)
-        if day != self.day:
-            self.day, self.used = day, 0
-        before, self.used = self.used, self.used + tokens
-        if before < self.limit <= self.used:
-            log.warning("budget exhausted", daily_tokens=self.limit, used=self.used)
+    def spend(self, tokens: int) -> None:
+        self.turn_page()
+        self.unshared += tokens
+        self.used += tokens
+        self.warn(self.used - tokens)
+
+    def learn(self, used: int, tokens: int) -> None:
+        """All processes have *used* so many today, *tokens* of them this one just now."""
+        self.used = used + self.unshared
+        self.warn(used - tokens)
+
+    def warn(self, before: int) -> None:
+        """Log it where the budget is exhausted now, and was not *before*: then another has."""
+        if 0 < self.limit <= self.used and self.warned != self.day:
+            self.warned = self.day
+            if before < self.limit:
+                log.warning("budget exhausted", daily_tokens=self.limit, used=self.used)
 
 
 class AskCounts(TypedDict):
@@ -1335,139 +1155,388 @@ class Admission:
         self.budget = DailyBudget(settings.daily_tokens)
         self.asks = AskCounts(active=0, total=0, failed=0, cancelled=0)
 
-    def admit(self, caller: Caller) -> None:
-        """Takes a place and one of the caller's asks, or raises a Failure and takes neither."""
+    def admit(self, caller: Caller, estimate: int) -> None:
+        """Takes a place, one of the caller's asks and *estimate* tokens, or raises a Failure."""
         now = time.monotonic()
         if wait := self.limiter.wait(caller.key, now):
             raise Failure("too_many_asks", retry_after=wait)
-        if wait := self.budget.wait(time.time()):
+        if wait := self.budget.wait():
             raise Failure("budget_exhausted", retry_after=wait)
         if self.asks["active"] >= self.places:
             raise Failure("overloaded", retry_after=1)
         self.limiter.take(caller.key, now)
+        self.budget.reserved += estimate
         self.asks["active"] += 1
         self.asks["total"] += 1
 
-    def leave(self, outcome: Outcome, tokens: int) -> None:
+    def leave(self, outcome: Outcome, estimate: int, tokens: int) -> None:
+        """Gives back what *admit* took, and spends *tokens*."""
         self.asks["active"] -= 1
         self.asks["failed"] += outcome == "failed"
         self.asks["cancelled"] += outcome == "cancelled"
-        self.budget.spend(tokens, time.time())
+        self.budget.reserved -= estimate
+        self.budget.spend(tokens)
 
 
-class Histogram:
-    """How many values were at most as large as each of *bounds*, as Prometheus counts them."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def lines(self, name: str, labels: str) -> Iterator[str]:
-        for bound, count in zip(
-            (*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True
-        ):
-            edge = "+Inf" if bound == math.inf else f"{bound:.15g}"
-            yield f'{name}_bucket{{{labels},le="{edge}"}} {count}'
-        yield f"{name}_sum{{{labels}}} {self.sum:.15g}"
-        yield f"{name}_count{{{labels}}} {sum(self.counts)}"
+def bounded_integer(low: int, high: int | None = None) -> Any:
+    # The bounds first: behind a validator they would be lost to the schema.
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(integral)]
 
 
-class Metrics:
-    """What GET /metrics shows, under the names of OpenTelemetry's generative AI conventions."""
+class Turn(BaseModel):
+    """One earlier turn of the conversation."""
 
-    SECONDS = tuple(0.01 * 2**power for power in range(15))
-    TOKENS = tuple(float(4**power) for power in range(14))
-    COMMON = 'gen_ai_operation_name="chat",gen_ai_provider_name="openai"'
-    HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
-        "gen_ai_client_operation_duration_seconds": ("Duration of an ask.", SECONDS),
-        "gen_ai_client_operation_time_to_first_chunk_seconds": (
-            "Time to the first piece of a streamed answer.",
-            SECONDS,
-        ),
-        "gen_ai_client_token_usage": ("Tokens of an ask.", TOKENS),
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Ask(BaseModel):
+    """What is left out is not sent to the model, whose own default then holds."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prompt: str = Field(pattern=r"\S", description="What the user says now; not blank.")
+    history: Annotated[list[Turn], FailFast()] = Field(
+        [], max_length=1000, description="Earlier turns, oldest first."
+    )
+    model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
+    temperature: Annotated[float, Field(ge=0, le=2)] | MISSING = MISSING
+    max_tokens: Annotated[int, Field(ge=1), BeforeValidator(integral)] | MISSING = Field(
+        MISSING, description="Upper bound on what the model may write."
+    )
+    stream: bool | MISSING = Field(
+        MISSING,
+        description="A stream, or the whole answer at once; left out, and with application/json "
+        "alone in Accept, it is false.",
+        json_schema_extra={"default": True},
+    )
+
+
+class ChatCompletionRequest(BaseModel):
+    """OpenAI's own request; further fields (tools, images, ...) go upstream as they come."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
+    messages: list[Any] = Field(min_length=1, json_schema_extra={"items": {"type": "object"}})
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+
+
+class ResponsesRequest(BaseModel):
+    """OpenAI's own request; further fields (tools, text, ...) go upstream as they come."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)]
+    stream: bool | None = None
+    background: Literal[False] | None = None
+
+
+class LogsQuery(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    limit: int = Field(100, ge=1, le=1000, description="At most so many events, the newest.")
+    level: Level | MISSING = Field(
+        MISSING, description="Only events of exactly this level, in any case."
+    )
+
+
+class RequestModels(NamedTuple):
+    """The requests within the bounds that the operator has set."""
+
+    ask: type[Ask]
+    chat: type[ChatCompletionRequest]
+    newer: type[ResponsesRequest]
+
+
+def request_models(settings: Settings) -> RequestModels:
+    literal: Any = Literal
+    left_out: Any = MISSING
+    ask: dict[str, Any] = {
+        "model": (literal[settings.models] | left_out, Ask.model_fields["model"])
     }
-
-    def __init__(self) -> None:
-        self.started = time.time()
-        self.histograms: dict[str, dict[tuple[str, str, str], Histogram]]
-        self.histograms = {name: {} for name in self.HISTOGRAMS}
-        self.refused: dict[Code, int] = {}
-        self.tokens_used = 0
-
-    def observe(
-        self, name: str, value: float, model: str, label: str = "", given: str = ""
-    ) -> None:
-        """Count *value* for *model*, and under *label* as it is *given*."""
-        key = (model, label, given)
-        if key not in self.histograms[name]:
-            self.histograms[name][key] = Histogram(self.HISTOGRAMS[name][1])
-        self.histograms[name][key].observe(value)
-
-    def count_refused(self, code: Code) -> None:
-        self.refused[code] = self.refused.get(code, 0) + 1
-
-    def exposition(self, asks: AskCounts) -> Iterator[str]:
-        """The lines of Prometheus' text format 0.0.4."""
-
-        def family(name: str, kind: str, meaning: str) -> Iterator[str]:
-            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} {kind}")
-
-        for name, (meaning, _) in self.HISTOGRAMS.items():
-            yield from family(name, "histogram", meaning)
-            for (model, label, given), histogram in self.histograms[name].items():
-                labels = f"{self.COMMON},gen_ai_request_model={to_json(model)}"
-                labels += f',{label}="{given}"' if label else ""
-                yield from histogram.lines(name, labels)
-        finished = asks["total"] - asks["active"] - asks["failed"] - asks["cancelled"]
-        yield from family("openai_backend_asks_total", "counter", "Asks that ended.")
-        yield f'openai_backend_asks_total{{outcome="finished"}} {finished}'
-        yield f'openai_backend_asks_total{{outcome="cancelled"}} {asks["cancelled"]}'
-        yield f'openai_backend_asks_total{{outcome="failed"}} {asks["failed"]}'
-        yield from family("openai_backend_asks_active", "gauge", "Asks under way.")
-        yield f"openai_backend_asks_active {asks['active']}"
-        yield from family("openai_backend_refused_total", "counter", "Asks not accepted.")
-        for code, count in self.refused.items():
-            yield f'openai_backend_refused_total{{code="{code}"}} {count}'
-        yield from family("process_start_time_seconds", "gauge", "Start, in Unix seconds.")
-        yield f"process_start_time_seconds {self.started:.3f}"
+    chat: dict[str, Any] = {}
+    responses: dict[str, Any] = {}
+    if settings.system_prompt:
+        roles: Any = Literal["user", "assistant"]
+        turn: Any = create_model("Turn", __base__=Turn, role=(roles, ...))
+        turns: Any = Annotated[list[turn], FailFast()]
+        ask["history"] = (turns, Ask.model_fields["history"])
+        # A stored template may hold a message of the operator's kind as well.
+        responses["instructions"] = responses["prompt"] = (None, None)
+    if limit := settings.max_output_tokens:
+        bounded = bounded_integer(1, limit)
+        ask["max_tokens"] = (bounded | left_out, Ask.model_fields["max_tokens"])
+        chat["max_tokens"] = chat["max_completion_tokens"] = (bounded | None, None)
+        # llama.cpp's own name, which wins over the other two there, in the newer API as well.
+        chat["n_predict"] = (bounded | left_out, MISSING)
+        chat["n"] = (bounded_integer(1, 1) | None, None)
+        responses |= chat | {"max_output_tokens": (bounded | None, None)}
+    return RequestModels(
+        create_model("Ask", __base__=Ask, **ask),
+        create_model("ChatCompletionRequest", __base__=ChatCompletionRequest, **chat),
+        create_model("ResponsesRequest", __base__=ResponsesRequest, **responses),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """An ask, in whatever format it came, as it goes to the model."""
-
-    caller: Caller
-    model: str
-    messages: list[JsonObject]
-    stream: bool
-    # Under the name that the host and the model take; None is no bound.
-    token_limit: JsonValue
-    # All other fields, `temperature` among them.
-    parameters: JsonObject
-    prompt_chars: int
+def bounded(values: JsonObject, known: Collection[str]) -> JsonObject:
+    """*values* with the first 100 unknown fields alone: each of 100,000 would be an error."""
+    if len(values) <= 100 + len(known):
+        return values
+    unknown = itertools.islice((name for name in values if name not in known), 100)
+    return {name: values[name] for name in (*(values.keys() & known), *unknown)}
 
 
-def texts_of(messages: Iterable[JsonObject]) -> Iterator[str]:
-    """All text in chat *messages*, that of their parts included."""
+def validate(model: type[M], values: JsonObject) -> M:
+    """*values* as a *model*; raises a Failure that names every wrong field, the first 100.
+
+    Of wrong turns in `history` the first stands for all.
+    """
+    values = bounded(values, model.model_fields.keys())
+    if isinstance(turns := values.get("history"), list):
+        known = Turn.model_fields.keys()
+        few = [bounded(turn, known) if isinstance(turn, dict) else turn for turn in turns[:1001]]
+        values = {**values, "history": cast(JsonValue, few)}
+    try:
+        return model.model_validate(values)
+    except ValidationError as exc:
+        errors: dict[str, str] = {}
+        found = exc.errors(include_url=False, include_input=False, include_context=False)
+        for error in found[:100]:
+            # The one pattern there is means this, and its own message would quote it.
+            blank = error["type"] == "string_pattern_mismatch"
+            detail = "Input should not be blank" if blank else error["msg"]
+            # Only turns have fields below; elsewhere the branches of a union are named there.
+            name, *below = error["loc"]
+            where = [name, *(part for part in below if name == "history")]
+            errors.setdefault(".".join(map(str, where)), detail)
+        wrong = [FieldError(field=name, detail=detail) for name, detail in errors.items()]
+        raise Failure("invalid_request", errors=wrong) from exc
+
+
+# OpenAI's names in a request, and those that are read here in a message or an input item.
+CHAT_FIELDS = frozenset(CompletionCreateParamsBase.__annotations__) | {"stream", "n_predict"}
+RESPONSES_FIELDS = frozenset(ResponseCreateParamsBase.__annotations__) | {"stream", "n_predict"}
+MESSAGE_FIELDS = frozenset({"role", "content", "type", "name", "refusal", "audio", "tool_calls"})
+MESSAGE_FIELDS |= {"tool_call_id", "function_call", "id", "status", "summary", "call_id"}
+MESSAGE_FIELDS |= {"arguments", "output"}
+
+
+def misnamed(values: Collection[str], known: frozenset[str], where: str = "") -> list[FieldError]:
+    """An error for each name that some upstreams, in Go for one, would read as a *known* one."""
+    return [
+        FieldError(field=where + name, detail=f"Write it as {name.casefold()!r}")
+        for name in values
+        if name not in known and name.casefold() in known
+    ]
+
+
+def check_messages(name: str, messages: list[Any], *, operators: bool) -> None:
+    """Raises a Failure for the first message that is none, or of a kind that is the operator's.
+
+    That is so where *operators* says that there is a SYSTEM_PROMPT.
+    """
+    for index, message in enumerate(messages):
+        where = f"{name}.{index}"
+        if not isinstance(message, dict):
+            error = FieldError(field=where, detail="Input should be an object")
+            raise Failure("invalid_request", errors=[error])
+        if wrong := misnamed(message, MESSAGE_FIELDS, f"{where}."):
+            raise Failure("invalid_request", errors=wrong[:100])
+        role = message.get("role")
+        if operators and role not in ("user", "assistant", "tool", "function"):
+            if name == "input" and role is None:
+                continue
+            error = FieldError(field=f"{where}.role", detail="The operator has set a SYSTEM_PROMPT")
+            raise Failure("invalid_request", errors=[error])
+
+
+async def discard_body(receive: Receive) -> None:
+    """Read on for a moment: many clients look for the answer only once they have sent it all."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            more = True
+            while more:
+                async with asyncio.timeout(0.1):
+                    more = (await receive()).get("more_body", False)
+
+
+async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
+    """The JSON object in the body; raises 400, 408, 413 or 415."""
+    media_type = request.headers.get("content-type", "").partition(";")[0]
+    if media_type.strip().lower() != JSON:
+        raise Failure("unsupported_media_type")
+    too_large = int(request.headers.get("content-length", 0)) > settings.max_body_bytes
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.client_timeout):
+            more = not too_large
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                too_large = len(body) > settings.max_body_bytes
+                more = message.get("more_body", False) and not too_large
+    except TimeoutError as exc:
+        raise Failure("request_timeout", headers={"Connection": "close"}) from exc
+    if too_large:
+        if "expect" not in request.headers:  # a client that asked first has sent nothing yet
+            await discard_body(request.receive)
+        raise Failure("body_too_large")
+    try:
+        value = from_json(bytes(body), allow_inf_nan=False)
+    except ValueError as exc:
+        raise Failure("invalid_json", f"The body is not JSON in UTF-8: {exc}") from exc
+    if not isinstance(value, dict):
+        raise Failure("invalid_json")
+    if len(body) > 65536:
+        await asyncio.sleep(0)  # let others have a turn before it is validated and written anew
+    return value
+
+
+def texts_of(messages: Iterable[Any]) -> Iterator[str]:
+    """All text in chat *messages* or input items, that of their parts included."""
     for message in messages:
-        content = message.get("content")
+        content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else [{"text": content}]:
             text = part.get("text") if isinstance(part, dict) else None
             if isinstance(text, str):
                 yield text
 
 
-# A chunk of the upstream, as it was parsed; only Completion trusts what is in it.
-Chunk = dict[str, Any]
-# A piece of the answer: what it is, and its text.
-Piece = tuple[Literal["reasoning", "delta"], str]
-# An event of the upstream: its bytes, end included, and the data in it.
-Event = tuple[bytes, bytes]
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """A request to the model: *body* as it goes to *path* where the model refuses nothing of it."""
+
+    caller: Caller
+    path: Literal["chat/completions", "responses"]
+    model: str
+    stream: bool
+    body: JsonObject
+    prompt_chars: int
+
+
+OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
+def with_operators_fields(body: JsonObject, caller: Caller, settings: Settings) -> JsonObject:
+    """*body* with what the operator adds: OPENAI_EXTRA_BODY, and for OpenAI who the user is."""
+    extra = settings.openai_extra_body or {}
+    if settings.is_openai and caller.user is not None:
+        body["safety_identifier"] = hashlib.sha256(caller.user.encode()).hexdigest()
+    if not extra.keys().isdisjoint(OTHER_NAME):
+        body = {name: value for name, value in body.items() if name not in OTHER_NAME}
+    return body | extra
+
+
+def chat_request(
+    caller: Caller,
+    settings: Settings,
+    *,
+    model: str,
+    messages: list[Any],
+    stream: bool,
+    token_limit: JsonValue,
+    more: JsonObject,
+    prompt_chars: int,
+) -> ModelRequest:
+    """A chat completion; *more* is all other fields, `temperature` among them."""
+    if settings.system_prompt:
+        messages = [{"role": "system", "content": settings.system_prompt}, *messages]
+    body: JsonObject = {"model": model, "messages": messages, "stream": stream, **more}
+    if stream:
+        asked = body.get("stream_options")
+        own: JsonObject = {"include_usage": True}
+        body["stream_options"] = {**asked, **own} if isinstance(asked, dict) else own
+    if token_limit is not None:
+        body[settings.token_field] = token_limit
+    body = with_operators_fields(body, caller, settings)
+    return ModelRequest(caller, "chat/completions", model, stream, body, prompt_chars)
+
+
+def read_ask(body: Ask, caller: Caller, settings: Settings, *, stream: bool) -> ModelRequest:
+    question: JsonObject = {"role": "user", "content": body.prompt}
+    return chat_request(
+        caller,
+        settings,
+        model=settings.openai_model if body.model is MISSING else body.model,
+        messages=[*(turn.model_dump() for turn in body.history), question],
+        stream=stream,
+        token_limit=settings.max_output_tokens if body.max_tokens is MISSING else body.max_tokens,
+        more={} if body.temperature is MISSING else {"temperature": body.temperature},
+        prompt_chars=len(body.prompt),
+    )
+
+
+def allowed_model(name: str | MISSING, settings: Settings) -> str:
+    if name is MISSING:
+        return settings.openai_model
+    if name not in settings.models:
+        wrong = FieldError(field="model", detail="This model may not be named here")
+        raise Failure("model_not_found", errors=[wrong])
+    return name
+
+
+def checked(model: type[M], values: JsonObject, known: frozenset[str]) -> M:
+    """*values* as a *model*, which has no name that an upstream may read as another one."""
+    if wrong := misnamed(values, known):
+        raise Failure("invalid_request", errors=wrong[:100])
+    return validate(model, values)
+
+
+def read_chat(
+    values: JsonObject, model: type[ChatCompletionRequest], caller: Caller, settings: Settings
+) -> ModelRequest:
+    body = checked(model, values, CHAT_FIELDS)
+    check_messages("messages", body.messages, operators=bool(settings.system_prompt))
+    limits = [integral(values[name]) for name in OTHER_NAME if values.get(name) is not None]
+    if all(isinstance(limit, int) for limit in limits):
+        limits.sort(key=lambda limit: cast(int, limit))
+    own = {"model", "messages", "stream", *OTHER_NAME}
+    return chat_request(
+        caller,
+        settings,
+        model=allowed_model(body.model, settings),
+        messages=body.messages,
+        stream=bool(body.stream),
+        token_limit=cast(JsonValue, limits[0]) if limits else settings.max_output_tokens,
+        more={name: value for name, value in values.items() if name not in own},
+        prompt_chars=sum(map(len, texts_of(body.messages))),
+    )
+
+
+def read_responses(
+    values: JsonObject, model: type[ResponsesRequest], caller: Caller, settings: Settings
+) -> ModelRequest:
+    body = checked(model, values, RESPONSES_FIELDS)
+    items = [{"content": body.input}] if isinstance(body.input, str) else body.input
+    check_messages("input", items, operators=bool(settings.system_prompt))
+    name = allowed_model(body.model, settings)
+    sent: JsonObject = {**values, "model": name}
+    if settings.system_prompt:
+        sent["instructions"] = settings.system_prompt
+    bound = values.get("max_output_tokens") or settings.max_output_tokens
+    if bound is not None:
+        sent["max_output_tokens"] = bound
+    sent = with_operators_fields(sent, caller, settings)
+    chars = sum(map(len, texts_of(items)))
+    return ModelRequest(caller, "responses", name, bool(body.stream), sent, chars)
+
+
+class Event(NamedTuple):
+    """A Server-Sent Event of the upstream: its bytes, end included, its name and its data.
+
+    llama.cpp tells an error in a field of that name; that is an event named `error` here.
+    """
+
+    raw: bytes
+    name: bytes
+    data: bytes
 
 
 class SSEDecoder:
@@ -1484,7 +1553,7 @@ class SSEDecoder:
         self.has_cr = False
 
     def feed(self, read: bytes) -> bytes:
-        """The events that *read* completes; raises a Failure for one that is too large."""
+        """The whole events that *read* completes; raises a Failure for one that is too large."""
         self.has_cr = self.has_cr or b"\r" in read
         if not self.rest and read.endswith(b"\n\n"):
             return read  # whole events, as they usually come
@@ -1498,36 +1567,52 @@ class SSEDecoder:
             end = self.rest.rfind(b"\n\n", searched) + 2
         if end < 2:
             if len(self.rest) > MAX_UPSTREAM_BYTES:
-                raise Failure("upstream_error")
+                raise Failure("upstream_error", cause="an event without end")
             return b""
         block = bytes(memoryview(self.rest)[:end])
         del self.rest[:end]
         return block
 
+    @property
+    def torn(self) -> bool:
+        """Whether a part of an event is here that is more than a comment."""
+        return bool(self.rest) and not self.rest.lstrip().startswith(b":")
+
     def close(self) -> bytes:
         """An event that was left open at the end counts too."""
-        return self.feed(b"\n\n")
+        return self.feed(b"\n\n") if self.rest else b""
 
     def events(self, block: bytes) -> Iterator[Event]:
-        """Each event in *block*, and its `data:` lines, joined."""
+        """Each event in *block*."""
         start = 0
         if not self.has_cr:
             for event in block[:-2].split(b"\n\n"):
-                yield event + b"\n\n", self.data(event)
+                yield self.event(event, event + b"\n\n")
             return
         for end in self.EVENT_ENDED.finditer(block):
-            yield block[start : end.end()], self.data(block[start : end.start()])
+            yield self.event(block[start : end.start()], block[start : end.end()])
             start = end.end()
 
-    def data(self, event: bytes) -> bytes:
-        if event.startswith(b"data: ") and not self.has_cr and b"\n" not in event:
-            return event[6:].strip()
-        lines = re.split(rb"\r\n|\n|\r", event.removeprefix(b"\xef\xbb\xbf"))
-        return b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
+    def event(self, lines: bytes, raw: bytes) -> Event:
+        if lines.startswith(b"data: ") and not self.has_cr and b"\n" not in lines:
+            return Event(raw, b"", lines[6:].strip())
+        name, data = b"", list[bytes]()
+        fields = re.split(rb"\r\n|\n|\r", lines.removeprefix(b"\xef\xbb\xbf"))
+        for place, line in enumerate(fields):
+            key, _, value = line.partition(b":")
+            if line.lstrip()[:1] in {b"{", b"[", b"<"}:  # no stream, but a JSON body or a page
+                return Event(raw, b"error", b"\n".join(fields[place:]))
+            if key == b"data":
+                data.append(value.strip())
+            elif key == b"event":
+                name = value.strip().lower()
+            elif key == b"error":
+                name, data = b"error", [value.strip()]
+        return Event(raw, name, b"\n".join(data))
 
 
 class BodyDecoder:
-    """A plain answer as one event; its proper end is the end mark."""
+    """A plain answer as one event."""
 
     def __init__(self) -> None:
         self.body = bytearray()
@@ -1535,30 +1620,71 @@ class BodyDecoder:
     def feed(self, read: bytes) -> bytes:
         self.body += read
         if len(self.body) > MAX_UPSTREAM_BYTES:
-            raise Failure("upstream_error")
+            raise Failure("upstream_error", cause="a body without end")
         return b""
+
+    # What the other decoder knows of its bytes: this one is never looked at in haste, nor torn.
+    has_cr, torn = True, False
 
     def close(self) -> bytes:
         return bytes(self.body)
 
     def events(self, block: bytes) -> Iterator[Event]:
-        yield block, block + b" "  # never the end mark itself, nor nothing: it has to be JSON
-        yield b"", b"[DONE]"
+        yield Event(block, b"", block)
 
 
-def parse_chunk(data: bytes) -> Chunk:
-    """The JSON object in *data*; raises a Failure for all else, the upstream's error included."""
+# An object of the upstream, as it was parsed; only the folds trust what is in it.
+Chunk = dict[str, Any]
+# A piece of the answer: what it is, and its text.
+Piece = tuple[Literal["reasoning", "delta"], str]
+
+
+ERROR_NAMES = ("error", "errors", "error_message", "error_msg")
+# These only where there is no part of an answer, the messages only with a code.
+CODES = {"code", "status", "status_code", "statusCode", "success"}
+SUSPECT = {*ERROR_NAMES, "x_groq", "base_resp", "detail", "message", "msg"}
+
+
+def error_in(chunk: Chunk) -> object:
+    """What tells of an error in an object of a 200, None where nothing does."""
+    if chunk.get("object") == "error" or chunk.get("type") == "error":
+        return chunk
+    if SUSPECT.isdisjoint(chunk):
+        return None  # as nearly always
+    groq, base = chunk.get("x_groq"), chunk.get("base_resp")
+    if isinstance(groq, dict) and groq.get("error"):
+        return {"error": groq["error"]}
+    if isinstance(base, dict) and base.get("status_code"):
+        return chunk
+    if any(map(chunk.get, ERROR_NAMES)) or chunk.get("error") == {}:
+        return chunk
+    coded = not CODES.isdisjoint(chunk) and (chunk.get("message") or chunk.get("msg"))
+    return chunk if not chunk.get("choices") and (chunk.get("detail") or coded) else None
+
+
+def chunks_in(event: Event) -> list[Chunk]:
+    """The objects in *event*, one, or one in each line of its data; none in `null` and comments.
+
+    Raises a Failure for an error of the upstream, and for what is no JSON.
+    """
+    if event.name == b"error":
+        error: object = event.data.decode("utf-8", "replace")
+        with suppress(ValueError):
+            error = parse_json(event.data)
+        raise from_upstream(read_error(error))
+    if not event.data:
+        return []
     try:
-        chunk = from_json(data)
-    except ValueError:
         try:
-            # Slower, but it bears half surrogate pairs, and bytes that are no UTF-8 are replaced.
-            chunk = json.loads(data.decode("utf-8-sig", "replace"))
-        except (ValueError, RecursionError) as exc:
-            raise Failure("upstream_error") from exc
-    if not isinstance(chunk, dict) or chunk.get("error"):
-        raise Failure("upstream_error")
-    return chunk
+            values = [parse_json(event.data)]
+        except ValueError:
+            values = [parse_json(line) for line in event.data.splitlines()]
+    except ValueError as exc:
+        raise Failure("upstream_error", cause="no JSON") from exc
+    items = itertools.chain.from_iterable(
+        value if isinstance(value, list) else [value] for value in values
+    )
+    return [item for item in items if isinstance(item, dict)]
 
 
 Count = Annotated[int, Field(ge=0, le=10**12)]
@@ -1573,475 +1699,257 @@ class Usage(TypedDict, total=False):
 
 
 def as_count(value: object) -> int | None:
-    """*value* where it is a figure that can be one: from 0 to 10^12."""
+    """*value* where it is a figure that can be one: a whole number from 0 to 10^12."""
+    value = integral(value)
     return value if type(value) is int and 0 <= value <= 10**12 else None
 
 
-# A chunk whose one choice goes on with text alone: its choices up to that text, and what follows.
-TEXT_OPENING = re.compile(
-    rb'"choices":\[\{(?:"[a-z_]+":(?:null|0),)*+"delta":\{(?:"role":"assistant",)?"content":"'
-)
-TEXT_REST = re.compile(
-    rb'([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"(?:,"[a-z_]+":null)*+\}'
-    rb'(?:,"[a-z_]+":(?:null|0))*+\}\]'
-    rb'(?:,(?!"(?:error|model)")"[a-z_]+":(?:null|\d++|"[^"\\\x00-\x1f]*+"))*+\}\n\n'
-)
+def text_of(value: object) -> str:
+    """The text that *value* is, or that its parts are; raises a Failure for what is none."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return json.dumps(value)  # Cloudflare's tokens that look like a number are one
+    if isinstance(value, list):
+        return "".join(texts_of([{"content": value}]))
+    raise Failure("upstream_error", cause="a text that is none")
 
 
 @dataclass(slots=True)
-class Completion:
-    """What the upstream has said so far: a fold of its chunks, or of its one plain answer."""
+class Fold:
+    """What the upstream has said so far, whatever the API: a fold of its events, or of its body."""
 
     model: str
-    part: Literal["delta", "message"]
+    stream: bool
     finish_reason: str | None = None
     tokens_used: int | None = None
     usage: Usage = field(default_factory=Usage)
-    answer_chars: int = 0
-    # Of reasoning and of the arguments of tool calls.
-    other_chars: int = 0
-    # [DONE] was read.
+    # The upstream's own end has come; nothing behind it is read.
     done: bool = False
+    # A piece of text, reasoning or a tool call has come.
+    has_piece: bool = False
+    # The model itself failed, and the answer, which is whole, says so.
+    failure: Failure | None = None
+    # Of an answer that is taken apart: its text, and all else that costs tokens.
+    answer_chars: int = 0
+    other_chars: int = 0
+    # How many chunks have gone on with a choice.
+    progress: int = 0
+    # Of one that passes untouched.
+    events: int = 0
+    bytes: int = 0
+
+    def count(self, usage: object) -> None:
+        """Take over the figures in *usage* that can be figures, by either API's names."""
+        if not isinstance(usage, dict):
+            return
+        details = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
+        told = {
+            "prompt_tokens": usage.get("prompt_tokens", usage.get("input_tokens")),
+            "completion_tokens": usage.get("completion_tokens", usage.get("output_tokens")),
+            "reasoning_tokens": isinstance(details, dict) and details.get("reasoning_tokens"),
+        }
+        known = {name: n for name, value in told.items() if (n := as_count(value)) is not None}
+        counts = cast(dict[str, int], {**self.usage, **known})
+        self.usage = cast(Usage, counts)
+        total = as_count(usage.get("total_tokens"))
+        if total is None and {"prompt_tokens", "completion_tokens"} <= counts.keys():
+            total = counts["prompt_tokens"] + counts["completion_tokens"]
+        self.tokens_used = self.tokens_used if total is None else total
+
+    def received_tokens(self) -> int:
+        """An estimate: a token for every 4 characters, or what passed untouched by its size."""
+        beyond = max(0, self.bytes - 300 * self.events)
+        return math.ceil((self.answer_chars + self.other_chars + beyond) / 4) + self.events
+
+
+@dataclass(slots=True)
+class ChatFold(Fold):
+    """A fold of chat completion chunks, or of the one plain completion."""
+
     # The choices begun, by index, and whether each has its finish_reason.
     choices: dict[int, bool] = field(default_factory=dict)
     has_message: bool = False
-    # How the event of a chunk that brings text begins, up to that text.
-    opening: bytes = b""
-    # The model refuses `temperature`, so it was left out.
-    ignored: bool = False
+
+    def goes_on(self, block: bytes) -> int:
+        """How many events *block* has, where none needs a look; 0 where one may.
+
+        So it is where each is one line of data that names one choice, or some, which goes on: no
+        end, no usage, no error. A text may hold such names too, and is then looked at for nothing.
+        """
+        events, odd = divmod(block.count(b"\n"), 2)
+        goes_on = (
+            0 in self.choices
+            and not odd
+            and block.count(b'"choices":[{"index":0,') == events
+            and block.count(b'"finish_reason":null') == events
+            and b'"error' not in block
+            and b'"usage":{' not in block
+        )
+        if not goes_on:
+            return 0
+        self.progress += events
+        return events
+
+    @property
+    def finished(self) -> bool:
+        """Whether each choice begun has its finish_reason; Ollama ends with [DONE] alone."""
+        return bool(self.choices) and all(self.choices.values())
 
     @property
     def complete(self) -> bool:
-        """Whether the answer may end here; Ollama ends with [DONE] alone."""
-        return self.done or (bool(self.choices) and all(self.choices.values()))
+        return self.done or self.finished
 
-    @property
-    def has_answer(self) -> bool:
-        """A plain answer has to have a message; a stream may end without a piece."""
-        return self.has_message or self.part == "delta"
+    def add(self, event: Event) -> list[Chunk]:
+        """The chunks in *event*; raises a Failure where it is an error, or ends nothing."""
+        end_mark = self.stream and event.data.endswith(b"[DONE]")
+        if end_mark:
+            event = event._replace(data=event.data[:-6].strip())
+        chunks = chunks_in(event)
+        for chunk in chunks:
+            self.add_chunk(chunk)
+        if end_mark and not self.choices:
+            raise Failure("upstream_error", cause="an end without an answer")
+        if not self.stream and not chunks:
+            raise Failure("upstream_error", cause="no JSON object")
+        self.done = end_mark or not self.stream
+        return chunks
 
-    def skim(self, block: bytes) -> tuple[int, list[Piece]]:
-        """How much of *block*, from its start, is chunks that bring text alone, and their pieces.
+    def add_chunk(self, chunk: Chunk) -> None:
+        if (error := error_in(chunk)) and not (chunk.get("choices") and not self.stream):
+            raise from_upstream(read_error(error))
+        groq, model = chunk.get("x_groq"), chunk.get("model")
+        if usage := chunk.get("usage") or (isinstance(groq, dict) and groq.get("usage")):
+            self.count(usage)
+        if model and isinstance(model, str):
+            self.model = model
+        choices = chunk.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                if choice.get("error") or choice.get("finish_reason") == "error":
+                    raise from_upstream(read_error(chunk if chunk.get("error") else choice))
+                self.progress += 1
+                self.add_choice(choice)
 
-        Nearly all chunks are such, and this costs a third of what parsing them does.
-        """
-        pieces: list[Piece] = []
-        known = self.opening and block.startswith(self.opening)
-        if self.part != "delta" or not (known or self.learn(block)):
-            return 0, pieces
-        opening, end = self.opening, 0
-        while block.startswith(opening, end) and (
-            found := TEXT_REST.match(block, end + len(opening))
-        ):
-            try:
-                text: str = from_json(b'"%s"' % found[1])
-            except ValueError:
-                break
-            if text:
-                self.answer_chars += len(text)
-                pieces.append(("delta", text))
-            end = found.end()
-        if end:
-            self.choices.setdefault(0, False)
-        return end, pieces
+    def add_choice(self, choice: Chunk) -> None:
+        index, reason = choice.get("index"), choice.get("finish_reason")
+        index = index if isinstance(index, int) else 0
+        if isinstance(reason, str) and reason:
+            self.finish_reason = reason
+            self.choices[index] = True
+        else:
+            self.choices.setdefault(index, False)
+        if usage := choice.get("usage"):
+            self.count(usage)
+        part = choice.get("delta" if self.stream else "message")
+        if isinstance(part, dict) and part:
+            self.has_message = True
+            said = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
+            self.has_piece = self.has_piece or any(map(part.get, said)) or part.get("content") == 0
 
-    def learn(self, block: bytes) -> bool:
-        """Whether *block* begins with text as the API promises; then what is before it is added."""
-        found = TEXT_OPENING.match(block, block.find(b'"choices":'))
-        opening = block[: found.end()] if found else b""
-        if not opening.startswith(b"data: ") or opening.splitlines() != [opening]:
-            return False
+    def pieces(self, chunk: Chunk) -> Iterator[Piece]:
+        """The pieces of the answer in *chunk*; raises a Failure where it is not as promised."""
         try:
-            self.add(parse_chunk(opening[6:] + b'"}}]}') | {"choices": []})
-        except Failure:
-            return False
-        self.opening = opening
-        return True
-
-    def add(self, chunk: Chunk) -> list[Piece]:
-        """The pieces that *chunk* adds; raises a Failure where it is not as the API promises."""
-        pieces: list[Piece] = []
-        try:
-            if usage := chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage"):
-                self.count(usage)
-            if isinstance(model := chunk.get("model"), str) and model:
-                self.model = model
             for choice in chunk.get("choices") or ():
-                index, reason = choice.get("index", 0), choice.get("finish_reason")
-                if isinstance(reason, str) and reason:
-                    self.finish_reason = reason
-                    self.choices[index] = True
-                elif index not in self.choices:
-                    self.choices[index] = False
-                if part := choice.get(self.part):
-                    self.has_message = True
-                    self.add_part(part, pieces)
+                part = choice.get("delta" if self.stream else "message") or {}
+                yield from self.pieces_of(part)
         except (TypeError, AttributeError) as exc:
-            raise Failure("upstream_error") from exc
-        return pieces
+            raise Failure("upstream_error", cause="an odd chunk") from exc
 
-    def add_part(self, part: Mapping[str, Any], pieces: list[Piece]) -> None:
-        """Add to *pieces* what a choice's delta or message says."""
+    def pieces_of(self, part: Chunk) -> Iterator[Piece]:
         thoughts = (part.get("reasoning_content"), part.get("reasoning"))
         if reasoning := next((each for each in thoughts if each and isinstance(each, str)), ""):
             self.other_chars += len(reasoning)
-            pieces.append(("reasoning", reasoning))
-        text = part.get("content") or part.get("refusal")
-        if isinstance(text, list):
-            text = "".join(texts_of([{"content": text}]))
-        if text:
-            pieces.append(("delta", text + ""))
+            yield "reasoning", reasoning
+        if text := text_of(part.get("content")) + text_of(part.get("refusal")):
             self.answer_chars += len(text)
-        for call in part.get("tool_calls") or ():
-            arguments = (call.get("function") or {}).get("arguments")
-            self.other_chars += len(arguments) if isinstance(arguments, str) else 0
-
-    def count(self, usage: Mapping[str, Any]) -> None:
-        """Take over the figures in *usage* that can be figures."""
-        if (total := as_count(usage.get("total_tokens"))) is not None:
-            self.tokens_used = total
-        details = usage.get("completion_tokens_details")
-        counts = {
-            "prompt_tokens": usage.get("prompt_tokens"),
-            "completion_tokens": usage.get("completion_tokens"),
-            "reasoning_tokens": isinstance(details, dict) and details.get("reasoning_tokens"),
-        }
-        known = {name: value for name, value in counts.items() if as_count(value) is not None}
-        self.usage = cast(Usage, {**self.usage, **known})
+            yield "delta", text
+        if calls := part.get("tool_calls"):  # of tools that OPENAI_EXTRA_BODY names
+            self.other_chars += len(to_json(calls))
 
 
-class Refusal(Exception):
-    """An answer of the upstream that is no 200: its status and what its error says."""
-
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        super().__init__(f"HTTP {status}")
-        self.status = status
-        self.retry_after = parse_retry_after(headers.get("retry-after", ""))
-        error = parse_error(body)
-        self.code, self.param = error.get("code"), error.get("param")
-        message = error.get("message")
-        # Some wrap a proxy's page of HTML in JSON.
-        html = not isinstance(message, str) or message.lstrip().startswith("<")
-        self.message = "" if html else str(message)
+RESPONSE_ENDS = {"response.completed", "response.incomplete", "response.failed"}
 
 
-def parse_error(body: bytes) -> dict[str, Any]:
-    """The error object in the *body* of a refusal, in whose shape servers differ."""
-    try:
-        error: Any = from_json(body)
-    except ValueError:
-        return {}
-    if isinstance(error, list) and error:
-        error = error[0]
-    while isinstance(error, dict):
-        inner = error.get("error") or error.get("message") or error.get("detail")
-        if not isinstance(inner, dict):
-            return {**error, "message": inner}
-        error = inner
-    return {"message": error}
+@dataclass(slots=True)
+class ResponsesFold(Fold):
+    """A fold of the events of the Responses API, or of the one plain response."""
 
+    # The newest sequence_number read, and the events behind it that needed no look.
+    number: int = -1
+    unread: bytes = b""
 
-def parse_retry_after(value: str) -> int | None:
-    """Whole seconds of a Retry-After header, or to its date (RFC 9110, 10.2.3); a day at most."""
-    with suppress(ValueError, OverflowError):
-        try:
-            delay = float(value)
-        except ValueError:
-            delay = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        return math.ceil(min(max(0, delay), 86400)) if math.isfinite(delay) else None
-    return None
+    def goes_on(self, block: bytes) -> int:
+        """As ChatFold's: here an event has two lines, and those of type `delta` need no look."""
+        events, odd = divmod(block.count(b"\n"), 3)
+        deltas = block.count(b'.delta","')
+        if self.number < 0 or odd or deltas != events or b'"error' in block:
+            return 0
+        if b'"sequence_number"' in block:
+            self.unread = block
+        return events
 
+    @property
+    def finished(self) -> bool:
+        return False  # a last event, at which reading ends, is the only end
 
-def from_refusal(refusal: Refusal, secret: re.Pattern[str]) -> Failure:
-    """The upstream's status as ours; its message only where it is about the client's request."""
-    message = secret.sub("***", refusal.message)[:2000]
-    match refusal.status:
-        case 400 | 404 | 413 | 422:
-            return Failure("upstream_rejected", message)
-        case 401 | 403:
-            return Failure("upstream_auth")
-        case 429:
-            return Failure("rate_limited", message, retry_after=refusal.retry_after)
-        case 503 | 529:
-            return Failure("upstream_error", retry_after=refusal.retry_after)
-        case _:
-            return Failure("upstream_error")
+    @property
+    def complete(self) -> bool:
+        return self.done
 
+    @property
+    def next_number(self) -> int:
+        for event in reversed(self.unread[:-2].split(b"\n\n")):
+            with suppress(ValueError, KeyError, TypeError):
+                number = parse_json(event.partition(b"data: ")[2])["sequence_number"]
+                return max(self.number, as_count(number) or 0) + 1
+        return self.number + 1
 
-def root_cause(error: BaseException) -> BaseException:
-    return root_cause(error.__cause__) if error.__cause__ else error
+    def add(self, event: Event) -> list[Chunk]:
+        """The objects in *event*; raises a Failure where it is an error."""
+        if self.stream and event.data == b"[DONE]":
+            return []
+        chunks = chunks_in(event)
+        for chunk in chunks:
+            if self.stream:
+                self.add_event(chunk, event)
+            elif chunk.get("object") != "response" and error_in(chunk):
+                raise from_upstream(read_error(chunk))
+            else:
+                self.add_response(chunk)
+        if not self.stream and not chunks:
+            raise Failure("upstream_error", cause="no JSON object")
+        self.done = self.done or not self.stream
+        return chunks
 
+    def add_event(self, chunk: Chunk, event: Event) -> None:
+        kind, response = chunk.get("type"), chunk.get("response")
+        if kind == "error" or not isinstance(kind, str):
+            if kind == "error" or error_in(chunk):
+                raise from_upstream(read_error(chunk))
+            return
+        if (number := as_count(chunk.get("sequence_number"))) is not None:
+            self.number, self.unread = number, b""
+        self.has_piece = self.has_piece or kind.endswith(".delta")
+        if kind in RESPONSE_ENDS:
+            self.done, state = True, kind.removeprefix("response.")
+            response = {"status": state, **(response if isinstance(response, dict) else {})}
+        if isinstance(response, dict):
+            self.add_response(response)
 
-def from_connection_error(error: Exception) -> Failure:
-    """The failure of a request without an answer: there was no connection, or it was closed."""
-    root = root_cause(error)
-    closed = not isinstance(root, OSError) or root.errno in {errno.ECONNRESET, errno.EPIPE}
-    return Failure("upstream_error" if closed else "upstream_unreachable")
-
-
-def log_cause(failure: Failure) -> str | None:
-    """What stands behind *failure*, for the log: a status or a class; texts may quote a prompt."""
-    root = root_cause(failure)
-    if isinstance(root, Refusal):
-        return str(root)
-    return None if root is failure else type(root).__name__
-
-
-def backoff(failure: Failure, tries: int) -> float | None:
-    """Seconds to wait before another try, after so many *tries*; None where none would help."""
-    refusal = failure.__cause__
-    if isinstance(refusal, Refusal):
-        if refusal.status < 500 and refusal.status not in {408, 409, 429}:
-            return None
-        if refusal.retry_after is not None:
-            return refusal.retry_after if refusal.retry_after <= 2 else None
-    return random.uniform(0.75, 1) * min(8.0, math.ldexp(0.25, tries))
-
-
-OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-PARAMETER = r"(max_tokens|max_completion_tokens|temperature)\b"
-UNSUPPORTED = re.compile(
-    r"(?:unsupported|unknown|unrecognized)\s(?:request\s)?(?:parameter|param|argument|field|value)"
-    rf"(?:s|\(s\))?(?:\ssupplied)?\W+{PARAMETER}"
-    rf"|\b{PARAMETER}\W?\s(?:parameter\s)?"
-    r"(?:is\s(?:(?:not\s|un)supported|deprecated)|does\snot\ssupport)"
-    rf"|(?:\snot|n't)\ssupport\s(?:the\s)?(?:parameters?)?\W*{PARAMETER}"
-    r"(?!\W?\s(?:values?|above|over|below)\b)",
-    re.IGNORECASE,
-)
-
-
-def unsupported_parameter(refusal: Refusal, texts: Iterable[str]) -> str | None:
-    """The parameter that a 400 calls unsupported, by its code or its message: proxies change codes.
-
-    Others have these words too: "'max_tokens' and 'max_completion_tokens' at the same time is not
-    supported"; "this model supports at most 4096". Words that stand in the *texts* of the ask may
-    be a quotation.
-    """
-    if refusal.status != 400:
-        return None
-    codes = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
-    if refusal.code in codes and isinstance(refusal.param, str):
-        return refusal.param if re.fullmatch(PARAMETER, refusal.param) else None
-    found = list(UNSUPPORTED.finditer(refusal.message[:10_000]))
-    words = " ".join(re.findall(r"\w+", " ".join(texts).lower())) if found else ""
-    for match in found:
-        if " ".join(re.findall(r"\w+", match[0].lower())) not in words:
-            return str(next(filter(None, match.groups())))
-    return None
-
-
-async def raise_refusal(response: httpx2.Response) -> None:
-    """A hook of the HTTP client: what is no 200 is read here, no more of it than may be."""
-    if response.status_code == 200:
-        return
-    body = bytearray()
-    try:
-        with suppress(httpx2.DecodingError):
-            async for read in response.aiter_bytes():
-                body += read
-                if len(body) > MAX_UPSTREAM_BYTES:
-                    raise Failure("upstream_error")
-    except (Failure, httpx2.RequestError):  # too large, or broken off
-        # The status is known all the same, and says whether another try may help.
-        refusal = Refusal(response.status_code, response.headers, b"")
-        raise Failure("upstream_error") from refusal
-    raise Refusal(response.status_code, response.headers, bytes(body))
-
-
-def request_headers(client: AsyncOpenAI) -> httpx2.Headers:
-    """The headers of an ask: AsyncOpenAI's, without those that only tell of this machine."""
-    headers = httpx2.Headers({"Authorization": f"Bearer {client.api_key}"})
-    for name, value in client.default_headers.items():
-        if isinstance(value, str) and not name.startswith("X-Stainless"):
-            headers[name] = value
-    return headers
-
-
-class Upstream:
-    """The model's API, and what this process has learned about it.
-
-    *http_client* carries the asks, *client* the probe, and says which headers both have.
-    """
-
-    def __init__(
-        self, client: AsyncOpenAI, http_client: httpx2.AsyncClient, settings: Settings
-    ) -> None:
-        self.client = client
-        self.http_client = http_client
-        self.settings = settings
-        # The URL as it was set: AsyncOpenAI's own is another host where that has no path.
-        self.models_url = f"{settings.openai_base_url}/models"
-        self.completions_url = httpx2.URL(f"{settings.openai_base_url}/chat/completions")
-        self.headers = request_headers(client)
-        host = urlsplit(settings.openai_base_url).hostname or ""
-        self.is_openai = bool(re.search(r"(^|\.)openai\.com$", host))
-        # Everywhere else the older name is the safer one: Ollama silently ignores the newer.
-        azure = re.search(r"(^|\.)azure\.com$", host)
-        self.token_name = "max_completion_tokens" if self.is_openai or azure else "max_tokens"
-        self.token_names: dict[str, str] = {}
-        self.without_temperature: set[str] = set()
-        self.probing = asyncio.Lock()
-        self.probed = -math.inf
-        self.reachable = False
-
-    def body(self, request: ChatRequest) -> JsonObject:
-        """The chat completion request, in the fields that the model takes."""
-        settings = self.settings
-        system: JsonObject = {"role": "system", "content": settings.system_prompt}
-        messages = [system, *request.messages] if settings.system_prompt else request.messages
-        body: JsonObject = {"model": request.model, "messages": cast(JsonValue, messages)}
-        body |= {"stream": request.stream, **request.parameters}
-        if request.stream:
-            asked = body.get("stream_options")
-            own: JsonObject = {"include_usage": True}
-            body["stream_options"] = {**asked, **own} if isinstance(asked, dict) else own
-        if request.token_limit is not None:
-            body[self.token_names.get(request.model, self.token_name)] = request.token_limit
-        if request.model in self.without_temperature:
-            body.pop("temperature", None)
-        if self.is_openai and request.caller.user is not None:
-            hashed = hashlib.sha256(request.caller.user.encode()).hexdigest()
-            body["safety_identifier"] = hashed
-        extra = settings.openai_extra_body or {}
-        if not extra.keys().isdisjoint(OTHER_NAME):
-            body = {name: value for name, value in body.items() if name not in OTHER_NAME}
-        return body | extra
-
-    def remember_unsupported(self, model: str, parameter: str) -> None:
-        """Leave *parameter* out of the requests to come, or send it by its other name."""
-        if parameter == "temperature":
-            self.without_temperature.add(model)
-        else:
-            self.token_names[model] = OTHER_NAME[parameter]
-        instead = OTHER_NAME.get(parameter)
-        log.warning("model refuses a field", model=model, field=parameter, instead=instead)
-
-    @asynccontextmanager
-    async def stream(
-        self, request: ChatRequest, may_retry: Callable[[], bool]
-    ) -> AsyncIterator[tuple[bool, AsyncIterator[bytes]]]:
-        """Whether `temperature` was left out, and the answer's reads; closed with the block.
-
-        All that fails is a Failure; *may_retry* says whether the client is still untouched.
-        """
-        stall = StallTimeout(self.settings.openai_timeout)
-        ended = False
-        try:
-            async with stall:
-                left_out, response = await self._open(request, may_retry, stall)
-                try:
-                    reads = self._reads(response, stall)
-                    yield left_out, reads
-                    ended = True
-                    # Only a response read to its end leaves a connection that is used again.
-                    async with asyncio.timeout(0.2):
-                        async for _ in reads:
-                            pass
-                finally:
-                    await response.aclose()
-        except (TimeoutError, Failure) as exc:
-            if ended:
-                return
-            if isinstance(exc, TimeoutError) and stall.expired:
-                raise Failure("upstream_timeout") from exc
-            raise
-
-    async def _open(
-        self, request: ChatRequest, may_retry: Callable[[], bool], stall: StallTimeout
-    ) -> tuple[bool, httpx2.Response]:
-        """Whether `temperature` was left out, and the upstream's 200, after as many tries as it
-        takes and the settings allow.
-        """
-        tries, adapted = 0, set[str]()
-        stall.waiting_since = silent_since = stall.clock()
-        while True:
-            body = self.body(request)
-            try:
-                left_out = "temperature" in request.parameters.keys() - body.keys()
-                return left_out, await self._post(body)
-            except Failure as failure:
-                name = None
-                if isinstance(failure.__cause__, Refusal):
-                    stall.waiting_since = silent_since = stall.clock()
-                    name = unsupported_parameter(failure.__cause__, texts_of(request.messages))
-                extra = self.settings.openai_extra_body or {}
-                if name in body.keys() - extra.keys() and OTHER_NAME.get(name) not in adapted:
-                    self.remember_unsupported(request.model, name)
-                    adapted.add(name)
-                    delay: float | None = 0
-                else:
-                    delay = backoff(failure, tries)
-                    tries += 1
-                if delay is None or tries > self.settings.openai_max_retries or not may_retry():
-                    raise
-                if stall.clock() + delay >= silent_since + stall.limit:
-                    raise
-                await asyncio.sleep(delay)
-                if not may_retry():  # a heartbeat went out meanwhile
-                    raise
-
-    async def _post(self, body: JsonObject) -> httpx2.Response:
-        # Not by AsyncOpenAI's own request, a third of a short ask, nor as `content`, for which
-        # httpx2 makes the headers twice, 6 %; aiohttp adds Host and Content-Length by itself.
-        stream = httpx2.ByteStream(utf8_json(to_json(body)))
-        request = httpx2.Request("POST", self.completions_url, headers=self.headers, stream=stream)
-        request.read()  # else aiohttp would send it in chunks
-        return await self._answered(self.http_client.send(request, stream=True))
-
-    async def _answered(self, call: Awaitable[object]) -> httpx2.Response:
-        """The head of a 200; all else is a Failure."""
-        try:
-            return cast(httpx2.Response, await call)
-        except Failure:
-            raise
-        except Refusal as refusal:
-            raise from_refusal(refusal, self.settings.secret) from refusal
-        except Exception as exc:  # where the bytes are no HTTP, aiohttp's own come through
-            raise from_connection_error(exc) from exc
-
-    async def _reads(self, response: httpx2.Response, stall: StallTimeout) -> AsyncIterator[bytes]:
-        """The bytes of an answer as they come; raises a Failure where it breaks off."""
-        # The stream itself, where nothing is to be decoded: aiter_bytes is three more layers.
-        encoded = "content-encoding" in response.headers
-        reads = response.aiter_bytes() if encoded else cast(AsyncIterator[bytes], response.stream)
-        stall.waiting_since = stall.clock()
-        try:
-            async for read in reads:
-                stall.waiting_since = None
-                yield read
-                stall.waiting_since = stall.clock()
-        except Failure:
-            raise
-        except Exception as exc:  # httpx2's, and aiohttp's own, which it lets through
-            raise Failure("upstream_error") from exc
-        stall.waiting_since = None
-
-    async def connected(self) -> bool:
-        """Whether the upstream answers and accepts the key: asked at most every 30 s, for 5 s."""
-        async with self.probing:
-            if time.monotonic() > self.probed + 30:
-                self.reachable = await self._probe()
-                self.probed = time.monotonic()
-        return self.reachable
-
-    async def _probe(self) -> bool:
-        call = self.client.get(
-            self.models_url,
-            options={"max_retries": 0},
-            cast_to=httpx2.Response,
-            stream=True,
-            stream_cls=AsyncStream[object],
-        )
-        try:
-            async with asyncio.timeout(5):
-                await (await self._answered(call)).aclose()
-                return True
-        except TimeoutError:
-            return False
-        except Failure as failure:
-            refusal = failure.__cause__
-            return isinstance(refusal, Refusal) and refusal.status in {404, 405, 429}
+    def add_response(self, response: Chunk) -> None:
+        self.count(response.get("usage"))
+        if isinstance(model := response.get("model"), str) and model:
+            self.model = model
+        details, state = response.get("incomplete_details"), response.get("status")
+        reason = details.get("reason") if isinstance(details, dict) else None
+        if state == "failed":
+            self.failure = from_upstream(read_error(response.get("error")))
+            self.failure = Failure("upstream_error", upstream=self.failure.upstream)
+        elif state in {"completed", "incomplete"}:
+            self.finish_reason = reason if isinstance(reason, str) else "stop"
 
 
 class Ending(TypedDict):
@@ -2074,15 +1982,12 @@ class DoneEvent(Ending):
     type: Literal["done"]
 
 
-def ending(completion: Completion) -> Ending:
-    end = Ending(
-        finish_reason=completion.finish_reason,
-        tokens_used=completion.tokens_used,
-        model=completion.model,
-    )
-    if completion.usage:
-        end["usage"] = completion.usage
-    if completion.ignored:
+def ending(fold: Fold, *, ignored: bool) -> Ending:
+    """*ignored* says that `temperature` was left out, because the model refuses it."""
+    end = Ending(finish_reason=fold.finish_reason, tokens_used=fold.tokens_used, model=fold.model)
+    if fold.usage:
+        end["usage"] = fold.usage
+    if ignored:
         end["ignored"] = ["temperature"]
     return end
 
@@ -2093,395 +1998,944 @@ def sse_event(data: object) -> bytes:
 
 
 END_MARK = b"data: [DONE]\n\n"
-# Headers as ASGI has them, made once.
-RawHeaders = tuple[tuple[bytes, bytes], ...]
-UNBUFFERED: RawHeaders = (
-    (b"cache-control", b"no-cache, no-transform"),
-    (b"x-accel-buffering", b"no"),
-)
-STREAM_HEADERS = ((b"content-type", f"{SSE}; charset=utf-8".encode()), *UNBUFFERED)
-TEXT_HEADERS = ((b"content-type", b"text/plain; charset=utf-8"), *UNBUFFERED)
-JSON_HEADERS = ((b"content-type", JSON.encode()),)
+UNBUFFERED = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
 
 
-class Encoder(Protocol):
-    """How an answer looks in one format: the seam for another.
+class Format:
+    """How an answer looks to the client; as it stands, like the upstream's own plain answer."""
 
-    `chunk` gets an event of the upstream, as it came and as it was parsed, and the pieces in it.
-    """
+    media_type, headers = JSON, dict[str, str]()
+    # What fills a long silence; empty where the format has nothing that readers skip.
+    heartbeat = b""
 
-    @property
-    def headers(self) -> RawHeaders: ...
+    def event(self, event: Event, chunks: list[Chunk], fold: Any) -> bytes:
+        """What an event of the upstream, with the *chunks* in it, becomes."""
+        return event.raw
 
-    @property
-    def heartbeat(self) -> bytes:
-        """What fills a long silence; empty where the format has nothing that readers skip."""
+    def skim(self, block: bytes, fold: Any) -> bytes | None:
+        """What a *block* of events becomes; None where each of them has to be read for that."""
+        return None
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes: ...
+    def end(self, fold: Fold, *, ignored: bool) -> bytes:
+        return b""
 
-    def end(self, completion: Completion) -> bytes: ...
-
-    def error(self, failure: Failure, request_id: str) -> bytes | None:
+    def error(self, failure: Failure, request_id: str, fold: Any) -> bytes | None:
         """The end of an answer that broke off; None where only a cut connection can say so."""
+        return None
 
 
-class AskEvents:
+# A chunk whose one choice goes on with text alone, as nearly all do; the text is in the group. JSON
+# is written here without its whitespace, as nearly all upstreams write it.
+NAMED = (
+    rb'(?:"(?:id|model|created|service_tier|system_fingerprint|provider|obfuscation)":'
+    rb'(?:"[^"]*+"|\d++|null)|"object":"chat\.completion\.chunk"|"usage":null)'
+)
+TEXT_CHUNK = re.compile(
+    rb"(?:\A|(?<=\n\n))data: \{(?:" + NAMED + rb',)*+"choices":\[\{'
+    rb'(?:"index":0,|"(?:finish_reason|logprobs)":null,)*+"delta":\{(?:"role":"assistant",)?+'
+    rb'"content":(?!"")("[^"\\\x00-\x1f]*+(?:\\["\\bfnrtu][^"\\\x00-\x1f]*+)*+")(?:,"(?!c)[a-z_]+":null)*+\}'
+    rb'(?:,"index":0|,"[a-z_]+":null)*+\}\](?:,' + NAMED + rb")*+\}\n\n"
+)
+
+
+class AskEvents(Format):
     """The events of a streamed /ask."""
 
-    headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
+    media_type, headers, heartbeat = SSE, UNBUFFERED, b": ping\n\n"
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
-        # A tenth of the cost of sse_event, and this runs for every token.
-        return utf8_json(
-            "".join(
-                [
-                    f'data: {{"type":"{kind}","content":{to_json(text)}}}\n\n'
-                    for kind, text in pieces
-                ]
-            )
-        )
+    def event(self, event: Event, chunks: list[Chunk], fold: ChatFold) -> bytes:
+        pieces = [piece for chunk in chunks for piece in fold.pieces(chunk)]
+        data = [f'{{"type":"{kind}","content":{to_json(text)}}}' for kind, text in pieces]
+        return utf8_json("".join([f"data: {each}\n\n" for each in data]))
 
-    def end(self, completion: Completion) -> bytes:
-        return sse_event({"type": "done", **ending(completion)}) + END_MARK
+    def skim(self, block: bytes, fold: ChatFold) -> bytes | None:
+        texts: list[bytes] = TEXT_CHUNK.findall(block) if 0 in fold.choices else []
+        joined = b",".join(texts)
+        if not texts or block.count(b"\n") != 2 * len(texts):
+            return None
+        chars = len(joined) - 3 * len(texts) + 1  # less the quotation marks and the commas
+        if b"\\" in joined or not joined.isascii():
+            try:
+                text = "".join(from_json(b"[%s]" % joined))
+            except ValueError:
+                return None
+            if b"\\u" in joined or ODD_LINE_ENDS.search(text):
+                return None
+            chars = len(text)
+        fold.answer_chars += chars
+        fold.progress += len(texts)
+        return b"".join([b'data: {"type":"delta","content":%s}\n\n' % each for each in texts])
 
-    def error(self, failure: Failure, request_id: str) -> bytes:
+    def end(self, fold: Fold, *, ignored: bool) -> bytes:
+        return sse_event({"type": "done", **ending(fold, ignored=ignored)}) + END_MARK
+
+    def error(self, failure: Failure, request_id: str, fold: Fold) -> bytes:
         return sse_event(failure.error_event(request_id))
 
 
-class AskJSON:
+class AskJSON(Format):
     """The one JSON object of a plain /ask."""
-
-    headers, heartbeat = JSON_HEADERS, b""
 
     def __init__(self) -> None:
         self.text = {"delta": "", "reasoning": ""}
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
-        for kind, text in pieces:
-            self.text[kind] += text
+    def event(self, event: Event, chunks: list[Chunk], fold: ChatFold) -> bytes:
+        if not fold.has_message:
+            raise Failure("upstream_error", cause="no message")
+        for chunk in chunks:
+            for kind, text in fold.pieces(chunk):
+                self.text[kind] += text
         return b""
 
-    def end(self, completion: Completion) -> bytes:
-        if not completion.has_answer:
-            raise Failure("upstream_error")
-        answer = cast(Answer, {"response": self.text["delta"], **ending(completion)})
+    def end(self, fold: Fold, *, ignored: bool) -> bytes:
+        answer = cast(Answer, {"response": self.text["delta"], **ending(fold, ignored=ignored)})
         if self.text["reasoning"]:
             answer["reasoning"] = self.text["reasoning"]
         return utf8_json(to_json(answer))
 
-    def error(self, failure: Failure, request_id: str) -> None:
-        return None
 
-
-class AskText:
+class AskText(Format):
     """The answer itself, piece by piece; only a cut connection can say that it broke off."""
 
-    headers, heartbeat = TEXT_HEADERS, b""
+    media_type = "text/plain"
 
-    def __init__(self) -> None:
+    def __init__(self, stream: bool) -> None:
+        self.headers = UNBUFFERED if stream else {}
         # By way of UTF-16, which joins a surrogate pair that came in two pieces.
         self.joined = codecs.getincrementaldecoder("utf-16-le")("replace")
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
+    def event(self, event: Event, chunks: list[Chunk], fold: ChatFold) -> bytes:
+        if not (fold.stream or fold.has_message):
+            raise Failure("upstream_error", cause="no message")
+        pieces = [piece for chunk in chunks for piece in fold.pieces(chunk)]
         text = "".join(text for kind, text in pieces if kind == "delta")
         return self.joined.decode(text.encode("utf-16-le", "surrogatepass")).encode()
 
-    def end(self, completion: Completion) -> bytes:
-        if not completion.has_answer:
-            raise Failure("upstream_error")
+    def end(self, fold: Fold, *, ignored: bool) -> bytes:
         return self.joined.decode(b"", final=True).encode()
 
-    def error(self, failure: Failure, request_id: str) -> None:
-        return None
+
+class PassedJSON(Format):
+    """The upstream's own plain answer, byte for byte."""
+
+    def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
+        fold.events += 1
+        fold.bytes += len(event.raw)
+        return event.raw
 
 
-class ChatCompletionEvents:
-    """The upstream's own events; its usage chunk only where the client has asked for it."""
+class PassedEvents(PassedJSON):
+    """The upstream's own events, byte for byte, of whichever API."""
 
-    headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
+    media_type, headers, heartbeat = SSE, UNBUFFERED, b": ping\n\n"
+
+    def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
+        if not event.data:
+            return b""  # a comment, or what many readers take for an event without data
+        if event.raw.startswith(b"id:") or b"\nid:" in event.raw:
+            # With an empty line behind it, openai-python takes it for an event, and fails.
+            self.heartbeat = b": ping\n"
+        return super().event(event, chunks, fold)
+
+    def skim(self, block: bytes, fold: Any) -> bytes | None:
+        events = fold.goes_on(block)
+        fold.events += events
+        fold.bytes += len(block) if events else 0
+        return block if events else None
+
+
+class ChatCompletionEvents(PassedEvents):
+    """Chat completion chunks; the usage chunk only where the client has asked for it."""
 
     def __init__(self, include_usage: bool) -> None:
         self.include_usage = include_usage
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
-        usage_only = chunk.get("usage") and not chunk.get("choices")
-        return b"" if usage_only and not self.include_usage else event
+    def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
+        usage_only = [bool(each.get("usage") and not each.get("choices")) for each in chunks]
+        if chunks and all(usage_only) and not self.include_usage:
+            return b""
+        if event.data.endswith(b"[DONE]"):  # which `end` adds
+            return b"".join(map(sse_event, chunks))
+        return super().event(event, chunks, fold)
 
-    def end(self, completion: Completion) -> bytes:
+    def end(self, fold: Fold, *, ignored: bool) -> bytes:
         return END_MARK
 
-    def error(self, failure: Failure, request_id: str) -> bytes:
+    def error(self, failure: Failure, request_id: str, fold: Fold) -> bytes:
         return sse_event(failure.openai_error())
 
 
-class ChatCompletionJSON:
-    """The upstream's own plain answer, byte for byte."""
+class ResponsesEvents(PassedEvents):
+    """The events of the Responses API."""
 
-    headers, heartbeat = JSON_HEADERS, b""
+    heartbeat = b": ping\n"
 
-    def chunk(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> bytes:
-        return event
+    def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
+        return super().event(event, chunks, fold) if event.data != b"[DONE]" else b""
 
-    def end(self, completion: Completion) -> bytes:
-        return b""
+    def error(self, failure: Failure, request_id: str, fold: ResponsesFold) -> bytes:
+        # OpenAI's own flat form and the nested one in one: half of the clients overlook either.
+        error = failure.openai_error()["error"]
+        flat = {"type": "error", "code": error["code"], "message": error["message"]}
+        numbered = {"param": error["param"], "sequence_number": fold.next_number}
+        return b"event: error\n" + sse_event({**flat, **numbered, "error": error})
 
-    def error(self, failure: Failure, request_id: str) -> None:
+
+# Words of a refusal of a field itself, and words that are about its value instead.
+NOT_TAKEN = re.compile(
+    r"unsupported|unknown|unrecogni[sz]ed|unexpected|incompatible|forbidden|deprecated|removed"
+    r"|disallowed|replaced by|instead of|rather than|\bfixed at\b|not a valid (?:param|arg|field)"
+    r"|(?:not|n't|no longer) (?:be )?(?:\w+ )?(?:support|permitted|allowed|accepted|available"
+    r"|recogni[sz]ed|compatible|possible|configurable|customi[sz]|apply|used|set|specified)"
+    r"|\bonly (?:\w+ )?(?:supports?|accepts?|takes?|set|supported)\b"
+    r"|\bonly\b.{0,80}\b(?:allowed|supported|accepted|permitted|set)\b"
+    r"|(?:must|should|can only|has to) be (?:set to )?(?:1(?:\.0)?(?![\d.])|omitted|unset|left out)"
+    r"|invalid (?:param|argument|field|property)|\bis invalid for\b"
+    r"|cannot be (?:used|set|specified|customi[sz]ed|changed)",
+    re.IGNORECASE,
+)
+OUT_OF_RANGE = re.compile(
+    r"(?:less|greater|more|fewer|larger|smaller|higher|lower) than|\bat (?:most|least)\b"
+    r"|\bbetween\b|\brange\b|\btoo (?:large|high|low|small|big|many|long)\b|\b(?:max|min)imum\b"
+    r"|exceed|\b(?:above|below|over|under|up to)\b|[<>≤≥]|at the same time"
+    r"|\bor (?:less|more|fewer)\b"
+    r"|\bvalues? of\b(?! 1\b)|(?:should|must) be (?:an?|positive|in)\b|\bpositive\b"
+    r"|\d\s*(?:to|-|\u2013|,|and)\s*\d|\[[\d.]+,|\blimit\b.{0,12}\d",
+    re.IGNORECASE,
+)
+ADAPTABLE = ("max_completion_tokens", "max_tokens", "temperature", "stream_options")
+
+
+def refused_field(error: UpstreamError, sent: Collection[str]) -> str | None:
+    """The field, one of those *sent*, that a refusal says the model does not take.
+
+    By its code, param, loc or message, since proxies change codes and servers have words of their
+    own. A value out of range is no such refusal. What a caller wrote and the upstream quotes may
+    be taken for one: that costs a call, and teaches nothing, since the next one does not help.
+    """
+    where = error.param or ""
+    told = f"{error.code or ''} {where}: {error.message[:10_000]}"
+    if error.status not in {400, 422} or OUT_OF_RANGE.search(told):
         return None
+    named = where if where in ADAPTABLE else ""
+    names = [name for name in ADAPTABLE if name in sent and named in {"", name}]
+    # A sentence that names the field and refuses it, or else two, of which the second refuses it;
+    # a full stop in a number ends none.
+    sentences = re.split(r"[.;!]\s|\n", told)
+    for text in (*sentences, *itertools.starmap("{} {}".format, itertools.pairwise(sentences))):
+        found = (re.search(rf"(?<!\w){name}(?!\w)", text) for name in names)
+        places = {each.start(): each[0] for each in found if each}
+        refused = NOT_TAKEN.search(text)
+        if places and refused and (text in sentences or min(places) < refused.start()):
+            return places[min(places)]
+    return None
 
 
-class ClientStream:
-    """The response to one client: whole writes, one at a time, and nothing after its end.
+def adapted(body: JsonObject, refused: Collection[str]) -> JsonObject:
+    """*body* without the fields that are *refused*, max_tokens under its other name."""
+    kept = {name: value for name, value in body.items() if name not in refused}
+    for name, other in OTHER_NAME.items():
+        if name in refused and name in body and other not in refused:
+            kept[other] = body[name]
+    return kept
 
-    Its head goes by way of the middleware, which add headers; all else goes straight to the server.
+
+IMAGE = re.compile(rb'(?<!\\)"data:image/[^"\\]*+"')
+
+
+def output_bound(body: JsonObject) -> int:
+    """The most tokens that the model may write; 0 where it has no bound."""
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    bounds = [integral(body.get(name)) for name in names]
+    return max((each for each in bounds if isinstance(each, int) and each > 0), default=0)
+
+
+def estimated_tokens(content: bytes) -> int:
+    """A token for every 4 bytes of a request's body, 1,000 for an image instead of its bytes."""
+    inline = IMAGE.findall(content)
+    images = max(len(inline), content.count(b'"image_url":'))
+    return (len(content) - sum(map(len, inline))) // 4 + 1000 * images
+
+
+class ModelClient(AsyncOpenAI):
+    """AsyncOpenAI with one method more: it sends a body that is encoded, and returns the answer.
+
+    The library's own `post` parses the URL four times and merges headers three times: 450 us where
+    this takes 41, which is most of what a short answer costs.
     """
 
-    def __init__(self, send_head: Send, send_body: Send, headers: RawHeaders) -> None:
-        self.send_head, self.send_body = send_head, send_body
-        self.headers = headers
-        self.started = self.complete = False
-        self.clock = asyncio.get_running_loop().time
-        self.last_write = self.clock()
-        # Set while a write is under way, which a client that does not read holds up.
-        self.writing_since: float | None = None
-        self.lock = asyncio.Lock()
+    def __init__(self, http_client: httpx2.AsyncClient, settings: Settings) -> None:
+        super().__init__(
+            # Without a key no ask gets as far as this; the client insists on one.
+            api_key=settings.openai_api_key or "none",
+            base_url=settings.openai_base_url,
+            http_client=http_client,
+            # Tries and Exchange see to both; a timer for each read is dear.
+            timeout=None,
+            max_retries=0,
+            default_headers={
+                "Accept-Encoding": "identity",
+                "User-Agent": f"openai-backend/{VERSION}",
+            },
+        )
+        self.http_client = http_client
+        own = {**self.default_headers, **self.auth_headers}
+        # Some are objects that say "left out"; X-Stainless tells of this machine.
+        self.own_headers = httpx2.Headers(
+            {
+                name: value
+                for name, value in own.items()
+                if isinstance(value, str) and not name.startswith("X-Stainless")
+            }
+        )
+        self.urls = {path: self.base_url.join(path) for path in ("chat/completions", "responses")}
 
-    async def write(self, data: bytes, *, last: bool = False) -> None:
-        await self.lock.acquire()
-        try:  # `async with` would make a chunk 2 % dearer
-            if self.complete:
-                return
-            self.writing_since = self.clock()
-            if not self.started:
-                self.started = True
-                length = ((b"content-length", b"%d" % len(data)),) if last else ()
-                headers = (*self.headers, *length)
-                head = {"type": "http.response.start", "status": 200, "headers": headers}
-                await self.send_head(head)
-            body = {"type": "http.response.body", "body": data, "more_body": not last}
-            await self.send_body(body)
-            self.complete = last
-            self.writing_since = None
-            self.last_write = self.clock()
-        finally:
-            self.lock.release()
+    async def send(self, path: str, content: bytes) -> httpx2.Response:
+        """The head of the answer to a POST of *content*; its body is still to be read."""
+        # As a stream: for `content` httpx2 makes the headers twice.
+        stream = httpx2.ByteStream(content)
+        request = httpx2.Request("POST", self.urls[path], headers=self.own_headers, stream=stream)
+        request.read()  # else aiohttp would send it in chunks
+        return await self.http_client.send(request, stream=True)
+
+
+async def raise_refusal(response: httpx2.Response) -> None:
+    """A hook of the HTTP client: what is no 200 is read here, no more of it than may be."""
+    if response.status_code == 200:
+        return
+    status, body = response.status_code, bytearray()
+    cause = None
+    try:
+        async for read in response.aiter_bytes():
+            body += read
+            if len(body) > MAX_UPSTREAM_BYTES:
+                raise httpx2.ReadError("too large")
+    except httpx2.DecodingError:
+        pass
+    except httpx2.RequestError:  # the status is known all the same
+        body.clear()
+        cause = "a refusal without end"
+    try:
+        value = parse_json(bytes(body))
+    except ValueError:
+        value = body.decode("utf-8", "replace").strip()[:2000] if len(body) < 10_000 else ""
+    failure = from_upstream(read_error(value, status, response.headers.get("retry-after", "")))
+    raise Failure("upstream_error", upstream=failure.upstream, cause=cause) if cause else failure
+
+
+def connection_failure(exc: Exception) -> Failure:
+    """The failure of a request without an answer: there was no connection, or it was closed.
+
+    The aiohttp transport has one class for both, and aiohttp these words for the former.
+    """
+    unreachable = isinstance(exc, httpx2.ConnectError) or "Cannot connect to host" in str(exc)
+    code = "upstream_unreachable" if unreachable else "upstream_error"
+    return Failure(code, cause=type(exc).__name__)
+
+
+class Upstream:
+    """The model's API, and what this process has learned about its models."""
+
+    def __init__(self, client: ModelClient, settings: Settings) -> None:
+        self.client = client
+        self.settings = settings
+        # The fields that each model was seen to refuse.
+        self.refused: dict[str, frozenset[str]] = {}
+        self.probing = asyncio.Lock()
+        self.probed, self.reachable = -math.inf, False
+
+    def remember(self, model: str, refused: Set[str]) -> None:
+        """Leave fields out of the requests to come, or send them by their other name."""
+        known = self.refused.get(model, frozenset())
+        for name in refused - known:
+            instead = OTHER_NAME.get(name)
+            log.warning("model refuses a field", model=model, field=name, instead=instead)
+        self.refused[model] = known.difference(map(OTHER_NAME.get, refused)) | refused
+
+    async def connected(self) -> bool:
+        """Whether the upstream answers and accepts the key: asked at most every 30 s, for 5 s."""
+        async with self.probing:
+            if time.monotonic() > self.probed + 30:
+                self.reachable = await self.probe()
+                self.probed = time.monotonic()
+        return self.reachable
+
+    async def probe(self) -> bool:
+        try:
+            async with asyncio.timeout(5):
+                response = await self.client.get(
+                    "/models",
+                    cast_to=httpx2.Response,
+                    stream=True,
+                    stream_cls=AsyncStream[object],
+                )
+                await cast(httpx2.Response, response).aclose()
+                return True
+        except Failure as failure:
+            return failure.upstream is not None and failure.upstream.status in {404, 405, 429}
+        except Exception:  # a time-out, the library's errors, and aiohttp's own where it is no HTTP
+            return False
+
+
+NO_RESPONSES_API = "The model's API knows no /responses; ask /v1/chat/completions here."
+
+
+class Tries:
+    """The calls to the model for one request: how many failed, and what had to be left out."""
+
+    def __init__(self, upstream: Upstream, request: ModelRequest) -> None:
+        """Raises a Failure where the body cannot be JSON: 1e999 was read as infinity."""
+        self.upstream, self.request = upstream, request
+        self.failed = 0
+        # What the operator has set in OPENAI_EXTRA_BODY goes out whatever the model says.
+        self.fixed = (upstream.settings.openai_extra_body or {}).keys()
+        known = upstream.refused.get(request.model, frozenset())
+        self.refused: Set[str] = known & self.adaptable(request.body)
+        # Those of `refused` that this request has met with, and those after which the model had no
+        # more, or another, to refuse.
+        self.adapted: Set[str] = frozenset()
+        self.helpful: Set[str] = frozenset()
+        self.message = ""
+        self.encode()
+        self.estimate = estimated_tokens(self.content)
+
+    def adaptable(self, body: JsonObject) -> Set[str]:
+        """The fields in *body* that may be left out, or renamed, where the model refuses them."""
+        names = ADAPTABLE if self.request.path == "chat/completions" else ("temperature",)
+        return body.keys() & set(names) - self.fixed
+
+    def encode(self) -> None:
+        self.body = adapted(self.request.body, self.refused)
+        try:
+            self.content = utf8_json(to_json(self.body))
+        except ValueError as exc:
+            raise Failure("invalid_json", f"The body is not JSON: {exc}") from exc
+
+    @property
+    def ignored(self) -> bool:
+        """Whether `temperature` was asked for, and left out because the model refuses it."""
+        return "temperature" in self.refused
+
+    async def send(self) -> httpx2.Response:
+        """The head of a 200; all else is a Failure."""
+        path = self.request.path
+        try:
+            return await self.upstream.client.send(path, self.content)
+        except Failure as failure:
+            error = failure.upstream
+            unknown = error and (error.status == 405 or (error.status == 404 and not error.code))
+            if error and unknown and path == "responses":
+                told = UpstreamError(400, NO_RESPONSES_API)
+                cause = f"HTTP {error.status}"
+                raise Failure(
+                    "upstream_rejected", NO_RESPONSES_API, upstream=told, cause=cause
+                ) from None
+            raise
+        except Exception as exc:  # httpx2's, and aiohttp's own, which it lets through
+            raise connection_failure(exc) from exc
+
+    def adapt(self, failure: Failure) -> bool:
+        """Whether the model refused a field that can be left out or renamed; now it is."""
+        error = failure.upstream
+        name = refused_field(error, self.adaptable(self.body)) if error else None
+        if error is None or name is None or OTHER_NAME.get(name, name) in self.adapted:
+            return False
+        if error.message == self.message:  # so the last one did not help
+            self.helpful = frozenset()
+        self.message = error.message
+        self.adapted, self.helpful = self.adapted | {name}, self.helpful | {name}
+        self.refused = self.refused - {OTHER_NAME.get(name)} | {name}
+        self.encode()
+        return True
+
+    def delay(self, failure: Failure) -> float | None:
+        """Seconds to wait before the next try; None where none would help, or none is left."""
+        if self.adapt(failure):
+            return 0
+        self.failed += 1
+        error = failure.upstream
+        status = error.status if error else None
+        if self.failed > self.upstream.settings.openai_max_retries:
+            return None
+        if status is not None and status < 500 and status not in {408, 409, 429}:
+            return None
+        if error and error.retry_after is not None:
+            return error.retry_after if error.retry_after <= 2 else None
+        return random.uniform(0.75, 1) * min(8.0, math.ldexp(0.25, self.failed - 1))
+
+    def helped(self) -> None:
+        """The model answers, so what this request had to leave out is remembered for others."""
+        if self.helpful:
+            self.upstream.remember(self.request.model, self.helpful)
+
+
+class Histogram:
+    """How many values were at most as large as each of *bounds*, as Prometheus counts them."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        edges = [*(f"{bound:.15g}" for bound in self.bounds), "+Inf"]
+        for edge, count in zip(edges, itertools.accumulate(self.counts), strict=True):
+            yield f'{name}_bucket{{{labels},le="{edge}"}} {count}'
+        yield f"{name}_sum{{{labels}}} {self.sum:.15g}"
+        yield f"{name}_count{{{labels}}} {sum(self.counts)}"
+
+
+SECONDS = tuple(0.01 * 2**power for power in range(15))
+TOKENS = tuple(float(4**power) for power in range(14))
+DURATION = "gen_ai_client_operation_duration_seconds"
+FIRST_CHUNK = "gen_ai_client_operation_time_to_first_chunk_seconds"
+TOKEN_USAGE = "gen_ai_client_token_usage"
+# What each means, and its buckets; the names are OpenTelemetry's for generative AI.
+HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    DURATION: ("Duration of an ask.", SECONDS),
+    FIRST_CHUNK: ("Time to the first piece of a streamed answer.", SECONDS),
+    TOKEN_USAGE: ("Tokens of an ask.", TOKENS),
+}
+
+
+class Metrics:
+    """What GET /metrics shows."""
+
+    COMMON = 'gen_ai_operation_name="chat",gen_ai_provider_name="openai"'
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        # By name, and then by model and one more label as it is written.
+        self.histograms: dict[str, dict[tuple[str, str], Histogram]]
+        self.histograms = {name: {} for name in HISTOGRAMS}
+        self.refused: dict[Code, int] = {}
+        self.tokens_used = 0
+
+    def observe(self, name: str, value: float, model: str, label: str = "") -> None:
+        known = self.histograms[name]
+        if (model, label) not in known:
+            known[model, label] = Histogram(HISTOGRAMS[name][1])
+        known[model, label].observe(value)
+
+    def count_refused(self, code: Code) -> None:
+        self.refused[code] = self.refused.get(code, 0) + 1
+
+    def exposition(self, asks: AskCounts) -> Iterator[str]:
+        """The lines of Prometheus' text format 0.0.4."""
+
+        def family(name: str, kind: str, meaning: str) -> Iterator[str]:
+            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} {kind}")
+
+        for name, (meaning, _) in HISTOGRAMS.items():
+            yield from family(name, "histogram", meaning)
+            for (model, label), histogram in self.histograms[name].items():
+                labels = f"{self.COMMON},gen_ai_request_model={to_json(model)}"
+                yield from histogram.lines(name, f"{labels},{label}" if label else labels)
+        finished = asks["total"] - asks["active"] - asks["failed"] - asks["cancelled"]
+        yield from family("openai_backend_asks_total", "counter", "Asks that ended.")
+        yield f'openai_backend_asks_total{{outcome="finished"}} {finished}'
+        yield f'openai_backend_asks_total{{outcome="cancelled"}} {asks["cancelled"]}'
+        yield f'openai_backend_asks_total{{outcome="failed"}} {asks["failed"]}'
+        yield from family("openai_backend_asks_active", "gauge", "Asks under way.")
+        yield f"openai_backend_asks_active {asks['active']}"
+        yield from family("openai_backend_refused_total", "counter", "Asks not accepted.")
+        for code, count in self.refused.items():
+            yield f'openai_backend_refused_total{{code="{code}"}} {count}'
+        yield from family("process_start_time_seconds", "gauge", "Start, in Unix seconds.")
+        yield f"process_start_time_seconds {self.started:.3f}"
 
 
 class AppState(TypedDict):
     """What an endpoint finds in `request.state`."""
 
     settings: Settings
-    events: EventLog | LogDatabase
+    mask: Mask
+    events: "EventLog | LogDatabase"
     upstream: Upstream
     admission: Admission
     metrics: Metrics
-    ask_model: type[Ask]
-    chat_model: type[ChatCompletionRequest]
+    models: RequestModels
     started: float
 
 
-OUTCOME_LEVELS: Mapping[Outcome, int] = {
+# How long an upstream may leave its connection open behind the last finish_reason, for the usage.
+END_SECONDS = 2
+LEVEL_OF: Mapping[Outcome, int] = {
     "finished": logging.INFO,
     "cancelled": logging.WARNING,
     "failed": logging.ERROR,
 }
 
 
-class Exchange:
-    """One ask: it owns its place, its upstream, its client's stream and its closing event."""
+async def gunzipped(reads: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """*reads* of gzip, all members of it, to its end; httpx2 reads the first, cut or not."""
+    inflate, most = zlib.decompressobj(31), 2**16
+    async for data in reads:
+        piece = b""
+        while data or len(piece) == most:
+            if inflate.eof:
+                inflate = zlib.decompressobj(31)
+            yield (piece := inflate.decompress(data, most))
+            data = inflate.unconsumed_tail or inflate.unused_data
+    if not inflate.eof:
+        raise EOFError
 
-    def __init__(self, request: ChatRequest, encoder: Encoder, state: AppState) -> None:
-        self.request = request
-        self.encoder = encoder
-        self.state = state
-        self.clock = time.monotonic
-        self.started_at = self.clock()
-        self.first_piece_at: float | None = None
-        self.completion = Completion(request.model, "delta" if request.stream else "message")
-        # Encoded, but not written yet.
+
+def read_upstream(response: httpx2.Response) -> AsyncIterator[bytes]:
+    """The bytes of an answer as they come."""
+    # The stream itself, where nothing is to be decoded: aiter_bytes is three more layers.
+    stream = cast(AsyncIterable[bytes], response.stream)
+    coding = response.headers.get("content-encoding", "").lower()
+    if "gzip" in coding:
+        return gunzipped(aiter(stream))
+    return response.aiter_bytes() if coding else aiter(stream)
+
+
+class Exchange(StreamingResponse):
+    """One answer: it owns its place, its upstream and its closing event.
+
+    Its states, and what may happen in each:
+
+    - It asks the model, once or in several tries. Nothing has been sent: what fails is a status.
+      After a heartbeat, which sends the 200, it is an event, and there are no further tries.
+    - It streams. What fails is an event (or a cut connection), behind what was translated before.
+    - Its end was sent: it is finished, whatever the client or the upstream does now.
+
+    Two tasks do the work, `stream_response` and Starlette's `listen_for_disconnect`; the request's
+    own looks in where something may be due. A client that leaves, in whatever state, ends both,
+    and so does one that holds up a write for CLIENT_TIMEOUT, a heartbeat or an error included. An
+    upstream that falls silent while a write is held up is not looked at before that is over.
+    """
+
+    def __init__(self, request: ModelRequest, form: Format, state: AppState) -> None:
+        self.pieces = self.answer()
+        super().__init__(self.pieces, headers=form.headers, media_type=form.media_type)
+        self.request, self.format, self.state = request, form, state
+        self.tries = Tries(state["upstream"], request)
+        # In tokens, for DAILY_TOKENS, while this is under way.
+        self.estimate = self.tries.estimate + output_bound(self.tries.body)
+        self.upstream: httpx2.Response | None = None
+        self.retries = 0
+        self.begin_try()
+        # In the client's format, but not written yet.
         self.pending = b""
         self.failure: Failure | None = None
-        self.settled = False
-        # What attend_client waits in.
-        self.watch: StallTimeout
-        self.decoder = SSEDecoder() if request.stream else BodyDecoder()
+        # Of the response: its head was sent (by a heartbeat perhaps), a part of the answer was, all
+        # of it was; and then the closing event was logged.
+        self.started = self.answering = self.complete = self.settled = False
+        self.clock = time.monotonic
+        self.started_at = self.last_write = self.silent_since = self.clock()
+        self.first_piece_at: float | None = None
+        # Set while a write is under way, which a client that does not read holds up.
+        self.writing_since = math.inf
+
+    def begin_try(self) -> None:
+        fold = ChatFold if self.request.path == "chat/completions" else ResponsesFold
+        self.fold: ChatFold | ResponsesFold = fold(self.request.model, self.request.stream)
+        self.decoder = SSEDecoder() if self.request.stream else BodyDecoder()
+        self.received = False
+        # By the loop's clock: when the answer counts as whole, `progress` being its last.
+        self.end_due, self.progress = math.inf, 0
+
+    async def answer(self) -> AsyncGenerator[bytes]:
+        """The model's answer in the client's format; what comes with its end is left `pending`."""
+        await self.open()
+        while not self.fold.done:
+            if data := self.pending:
+                self.pending, self.answering = b"", True
+                yield data
+            await self.read_on()
+
+    async def open(self) -> None:
+        """Ask until an answer has begun: until then a failure may be mended by another try."""
+        while not (self.pending or self.fold.done):
+            try:
+                if self.upstream is None:
+                    self.upstream = await self.tries.send()
+                    self.reads = read_upstream(self.upstream)
+                await self.read_on()
+            except Failure as failure:
+                await self.try_again(failure)
+        self.tries.helped()
+
+    async def try_again(self, failure: Failure) -> None:
+        """Wait for the next try, or raise *failure*."""
+        error, headers = failure.upstream, self.upstream.headers if self.upstream else {}
+        if error:  # an answer ends the upstream's silence, a lost connection does not
+            self.silent_since = self.clock()
+        if error and error.in_answer and error.status:
+            patience = parse_retry_after(headers.get("retry-after", ""))
+            failure = from_upstream(replace(error, retry_after=patience))
+        broken = self.received and not (error and error.status)
+        if self.started or self.pending or broken:
+            raise failure
+        delay = self.tries.delay(failure)
+        deadline = self.silent_since + self.state["settings"].openai_timeout
+        if delay is None or self.clock() + delay >= deadline:
+            raise failure
+        await self.close_upstream()
+        await asyncio.sleep(delay)
+        if self.started:  # a heartbeat went out meanwhile
+            raise failure
+        self.retries += 1
+        self.begin_try()
+
+    async def read_on(self) -> None:
+        """Translate what the upstream says next; raises a Failure where that is no part or end."""
+        self.silent_since = self.clock()
+        if self.fold.finished:
+            self.expect_end()
+        elif self.end_due < math.inf:
+            self.stop_reading_at(None)
+        try:
+            read = await anext(self.reads, None)
+        except Exception as exc:  # httpx2's, and aiohttp's own, which it lets through
+            raise Failure("upstream_error", cause=type(exc).__name__) from exc
+        if read is None:
+            self.close()
+        else:
+            self.received = True
+            self.translate(self.decoder.feed(read))
+
+    def expect_end(self) -> None:
+        """Give the upstream END_SECONDS from its last chunk; only while it is read from."""
+        if self.progress != self.fold.progress:
+            self.progress = self.fold.progress
+            self.end_due = asyncio.get_running_loop().time() + END_SECONDS
+            self.stop_reading_at(self.end_due)
+        elif self.timeout.when() is None:
+            self.stop_reading_at(self.end_due)
+
+    def stop_reading_at(self, when: float | None) -> None:
+        if self.timeout.when() != when:
+            with suppress(RuntimeError):  # reading is over, or is just being stopped
+                self.timeout.reschedule(when)
+
+    def translate(self, block: bytes) -> None:
+        """Add to `pending` what the upstream's events in *block* say."""
+        if not block:
+            return
+        told = None if self.decoder.has_cr else self.format.skim(block, self.fold)
+        if told is None:
+            self.translate_events(block)
+        else:
+            self.pending += told
+            self.fold.has_piece = True
+        if self.first_piece_at is None and self.fold.has_piece and self.request.stream:
+            self.first_piece_at = self.clock()
+
+    def translate_events(self, block: bytes) -> None:
+        for event in self.decoder.events(block):
+            chunks = self.fold.add(event)
+            self.pending += self.format.event(event, chunks, self.fold)
+            if self.fold.done:
+                return
+
+    def close(self) -> None:
+        """The upstream has closed: that is an end only where an answer may end."""
+        self.translate(self.decoder.close())
+        if not self.fold.complete:
+            raise Failure("upstream_error", cause="an answer without an end")
+        self.fold.done = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.state["admission"].admit(self.request.caller)
-        self.client = ClientStream(send, scope["server_send"], self.encoder.headers)
+        """Answer until that is done, or the client has left or reads no more."""
+        self.state["admission"].admit(self.request.caller, self.estimate)
+        # Middleware changes heads alone, so all else goes straight to the server.
+        self.send_head, self.send_body = send, scope["send_body"]
+        tasks = [
+            asyncio.create_task(self.stream_response(send)),
+            asyncio.create_task(self.listen_for_disconnect(receive)),
+        ]
         try:
-            async with asyncio.TaskGroup() as tasks:
-                # Not in this task, where each read would pass through all middleware.
-                pump = tasks.create_task(self.pump())
-                await self.attend_client(receive, pump)
-        except* ClientDisconnect:
-            pass
+            await self.attend(tasks)
         finally:
             self.settle()
-        if self.failure and not self.client.started:
-            self.failure.counted = True
-            raise self.failure
-        if self.client.started and not self.client.complete:
-            raise ConnectionCut
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await self.close_upstream()
+        if self.failure and not self.started:
+            await failure_response(scope, self.failure)(scope, receive, send)
 
-    async def attend_client(self, receive: Receive, pump: "asyncio.Task[None]") -> None:
-        """End the ask when its client leaves or stops reading; send heartbeats in silence."""
-        client, patience = self.client, self.state["settings"].client_timeout
-        interval = self.state["settings"].heartbeat_seconds if self.encoder.heartbeat else math.inf
-        while not (client.complete or pump.done()):
-            now, held_up_since = client.clock(), client.writing_since
-            if held_up_since is None:
-                due = client.last_write + interval
-            else:
-                due = held_up_since + patience
-            if now < due:
-                # No longer than `patience`: a write may come to be held up meanwhile.
-                with suppress(TimeoutError):
-                    async with StallTimeout(min(due - now, patience), now) as self.watch:
-                        while (await receive())["type"] != "http.disconnect":
-                            pass
-                        if not client.complete:
-                            raise ClientDisconnect
-            elif held_up_since is None:
-                try:
-                    async with StallTimeout(patience, now) as self.watch:
-                        await client.write(self.encoder.heartbeat)
-                except TimeoutError as exc:
-                    raise ClientDisconnect from exc
-            else:
-                raise ClientDisconnect
-
-    async def pump(self) -> None:
-        """Relay the answer, or report what came instead; then nobody need attend the client."""
+    async def stream_response(self, send: Send) -> None:
+        """As Starlette's, but the head waits for the first bytes: what fails before is a status."""
         try:
-            await self.relay()
+            async with asyncio.timeout(None) as self.timeout, aclosing(self.pieces):
+                async for data in self.pieces:
+                    if self.end_due < math.inf:
+                        self.stop_reading_at(None)  # not in a write, which would be torn
+                    await self.write(data)
+            end: bytes | None = self.format.end(self.fold, ignored=self.tries.ignored)
+            if failed := self.fold.failure:
+                self.fail(failed)
+        except ClientDisconnect:
+            return
         except Exception as exc:
-            await self.report(exc)
-        self.watch.expire()
-
-    async def relay(self) -> None:
-        """The model's answer in the client's format; what arrives together leaves together."""
-        upstream = self.state["upstream"]
-        async with upstream.stream(self.request, lambda: not self.client.started) as (
-            left_out,
-            reads,
-        ):
-            self.completion.ignored = left_out
-            async for read in reads:
-                self.encode(self.decoder.feed(read))
-                if self.completion.done:
-                    break
-                if self.pending:
-                    await self.write_pending()
-            else:
-                self.encode(self.decoder.close())
-                if not self.completion.complete:
-                    raise Failure("upstream_error")
-            self.pending += self.encoder.end(self.completion)
-            await self.write_pending(last=True)
+            end = self.fail(exc)
+            if not (self.started or self.pending):
+                return
+        with suppress(ClientDisconnect):
+            await self.write(self.pending + (end or b""), last=end is not None)
             # Now, since the client may ask again before the connections here are put in order.
             self.settle()
 
-    def encode(self, block: bytes) -> None:
-        """Add to `pending` what the upstream's events in *block* say, up to its end mark."""
-        skimmed, pieces = self.completion.skim(block)
-        if skimmed:
-            self.append(block[:skimmed], {}, pieces)
-        rest = block[skimmed:]
-        for event, data in self.decoder.events(rest) if rest else ():
-            if data == b"[DONE]":
-                self.completion.done = True
-                break
-            if data:
-                chunk = parse_chunk(data)
-                self.append(event, chunk, self.completion.add(chunk))
+    def fail(self, exc: Exception) -> bytes | None:
+        """Make *exc* the failure of this answer; its end in the client's format, if it has one."""
+        if isinstance(exc, TimeoutError):
+            if self.fold.finished and not self.decoder.torn:  # its connection was left open
+                return self.format.end(self.fold, ignored=self.tries.ignored)
+            failure = Failure("upstream_timeout")
+        elif not isinstance(exc, Failure):
+            failure = Failure("internal_error")
+            log.error("internal error", exc_info=exc)
+        elif exc.upstream and exc.upstream.in_answer and (self.pending or self.answering):
+            failure = Failure("upstream_error", upstream=replace(exc.upstream, status=None))
+        else:
+            failure = exc
+        failure.mask(self.state["mask"])
+        tried_again = self.retries and failure.status_code in {429, 502, 503, 504}
+        if tried_again or failure.code == "upstream_auth":
+            # OpenAI's libraries would multiply the tries, or repeat what no try can mend.
+            failure.headers = {**(failure.headers or {}), "x-should-retry": "false"}
+        # Without the frames that it has passed, which would keep all this until it is found garbage.
+        failure.__traceback__ = failure.__cause__ = failure.__context__ = None
+        self.failure = failure
+        return self.format.error(failure, get_contextvars()["request_id"], self.fold)
 
-    def append(self, event: bytes, chunk: Chunk, pieces: Iterable[Piece]) -> None:
-        if pieces and self.first_piece_at is None and self.request.stream:
-            self.first_piece_at = self.clock()
-        self.pending += self.encoder.chunk(event, chunk, pieces)
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """Send *data* in one piece; raises ClientDisconnect where the client has gone."""
+        now = self.clock()
+        if self.writing_since == math.inf:
+            self.writing_since = now
+        try:
+            if not self.started:
+                self.started = True
+                whole = last and not self.request.stream
+                length = [(b"content-length", b"%d" % len(data))] if whole else []
+                headers = [*self.raw_headers, *length]
+                head = {"type": "http.response.start", "status": 200, "headers": headers}
+                await self.send_head(head)
+            await self.send_body(
+                {"type": "http.response.body", "body": data, "more_body": not last}
+            )
+        except (OSError, RuntimeError) as exc:  # uvloop's, of a transport that is closed
+            raise ClientDisconnect from exc
+        self.complete = last
+        self.writing_since = math.inf
+        self.last_write = now
 
-    async def write_pending(self, *, last: bool = False) -> None:
-        data, self.pending = self.pending, b""
-        await self.client.write(data, last=last)
+    async def attend(self, tasks: "list[asyncio.Task[None]]") -> None:
+        """Wait for one of *tasks*; send heartbeats, and end the upstream's silence, in time.
 
-    async def report(self, exc: Exception) -> None:
-        """Make *exc* the failure of this ask, and tell the client of it if its answer has begun."""
-        self.failure = exc if isinstance(exc, Failure) else Failure("internal_error")
-        if self.failure is not exc:
-            self.failure.__cause__ = exc
-        if self.client.started or self.pending:
-            final_event = self.encoder.error(self.failure, get_contextvars()["request_id"])
-            self.pending += final_event or b""
-            await self.write_pending(last=final_event is not None)
+        One look where the first of these may be due costs less than a timer for each read and
+        write.
+        """
+        settings = self.state["settings"]
+        patience, silence = settings.client_timeout, settings.openai_timeout
+        done: Set[object] = frozenset()
+        while not done:
+            now = self.clock()
+            if self.writing_since < math.inf:
+                due = self.writing_since + patience
+                if now >= due:
+                    return  # the client reads no more
+            else:
+                due = min(self.heartbeat_due(), self.silent_since + silence)
+                if now >= self.silent_since + silence:
+                    self.silent_since = math.inf
+                    self.stop_reading_at(0)
+                elif now >= due:
+                    await self.beat()
+            # No longer than either: a write, or a silence, may begin meanwhile.
+            wait = max(0, min(due - now, patience, silence))
+            done, _ = await asyncio.wait(tasks, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+
+    def heartbeat_due(self) -> float:
+        # None behind a failure, which in the same turn of the loop would become a 200.
+        if not self.format.heartbeat or self.failure or self.complete:
+            return math.inf
+        return self.last_write + self.state["settings"].heartbeat_seconds
+
+    async def beat(self) -> None:
+        with suppress(ClientDisconnect, TimeoutError):
+            async with asyncio.timeout(self.state["settings"].client_timeout):
+                await self.write(self.format.heartbeat)
+
+    async def close_upstream(self) -> None:
+        response, self.upstream = self.upstream, None
+        if response is None:
+            return
+        if self.complete:
+            # Only a response read to its end leaves a connection that is used again.
+            with suppress(Exception):  # whatever it says now
+                async with asyncio.timeout(0.2):
+                    while await anext(self.reads, None) is not None:
+                        pass
+        await response.aclose()
 
     def settle(self) -> None:
         """Give the place back, count and log, as every accepted ask does exactly once."""
         if self.settled:
             return
         self.settled = True
-        outcome: Outcome = "cancelled"
-        if self.failure or self.client.complete:
-            outcome = "failed" if self.failure else "finished"
-        self.state["admission"].leave(outcome, self.tokens_spent())
-        completion, failure = self.completion, self.failure
-        self.count(failure.code if failure else "cancelled" if outcome == "cancelled" else "")
-        event: dict[str, object] = {
+        outcome: Outcome = (
+            "failed" if self.failure else "finished" if self.complete else "cancelled"
+        )
+        self.state["admission"].leave(outcome, self.estimate, self.tokens_spent(outcome))
+        self.count(self.failure.code if self.failure else "" if self.complete else outcome)
+        log.log(LEVEL_OF[outcome], f"ask {outcome}", **self.closing_facts())
+
+    def closing_facts(self) -> dict[str, object]:
+        fold, failure = self.fold, self.failure
+        end = cast(dict[str, object], ending(fold, ignored=self.tries.ignored))
+        facts: dict[str, object] = {
             "stream": self.request.stream,
-            "model": completion.model,
-            "finish_reason": completion.finish_reason,
-            "tokens_used": completion.tokens_used,
-            **completion.usage,
+            **end,
+            **fold.usage,
             "prompt_chars": self.request.prompt_chars,
-            "answer_chars": completion.answer_chars or None,
+            "answer_chars": fold.answer_chars or None,
             "first_token_ms": self.first_piece_at and self.milliseconds(self.first_piece_at),
             "duration_ms": self.milliseconds(self.clock()),
             "user": self.request.caller.user,
-            "ignored": ["temperature"] if completion.ignored else None,
+            "usage": None,
         }
         if failure:
-            event |= {"code": failure.code, "status": failure.status_code}
-            event |= {"cause": log_cause(failure)}
-            event["exc_info"] = failure.__cause__ if failure.code == "internal_error" else None
-        known = {name: value for name, value in event.items() if value is not None}
-        log.log(OUTCOME_LEVELS[outcome], f"ask {outcome}", **known)
+            facts |= {"code": failure.code, "status": failure.status_code, "cause": failure.cause}
+            # Of a refusal the status alone, since its message may quote the prompt.
+            if (error := failure.upstream) and error.in_answer:
+                facts["upstream_message"] = error.message or None
+            elif error:
+                facts["cause"] = failure.cause or f"HTTP {error.status}"
+        return {name: value for name, value in facts.items() if value is not None}
 
-    def tokens_spent(self) -> int:
+    def tokens_spent(self, outcome: Outcome) -> int:
         """The tokens for DAILY_TOKENS: the upstream's figure, or an estimate where it told none."""
-        completion, failure = self.completion, self.failure
-        if completion.tokens_used is not None:
-            return completion.tokens_used
-        unreached = failure and failure.code == "upstream_unreachable"
-        if unreached or (failure and isinstance(failure.__cause__, Refusal)):
+        told, failure = self.fold.tokens_used, self.failure
+        # A zero beside a text is what some tell at first, and others always.
+        if outcome == "finished" and (told or (told == 0 and not self.fold.has_piece)):
+            return told
+        if failure and failure.code == "upstream_unreachable":
             return 0
-        sent = sum(map(len, texts_of(self.request.messages)))
-        sent += len(self.state["settings"].system_prompt)
-        for name in ("tools", "response_format"):
-            if value := self.request.parameters.get(name):
-                sent += len(to_json(value))
-        return math.ceil((sent + completion.answer_chars + completion.other_chars) / 4)
+        if failure and failure.upstream and failure.upstream.status:  # the model refused it
+            return 0
+        return max(told or 0, self.tries.estimate + self.fold.received_tokens())
 
     def count(self, error_type: str) -> None:
-        metrics = self.state["metrics"]
-        metrics.tokens_used += self.completion.tokens_used or 0
-        observe = partial(metrics.observe, model=self.request.model)
+        metrics, model = self.state["metrics"], self.request.model
+        metrics.tokens_used += self.fold.tokens_used or 0
         seconds = self.clock() - self.started_at
-        observe(
-            "gen_ai_client_operation_duration_seconds",
-            seconds,
-            label="error_type",
-            given=error_type,
-        )
+        metrics.observe(DURATION, seconds, model, f'error_type="{error_type}"')
         if self.first_piece_at is not None:
-            seconds = self.first_piece_at - self.started_at
-            observe("gen_ai_client_operation_time_to_first_chunk_seconds", seconds)
+            metrics.observe(FIRST_CHUNK, self.first_piece_at - self.started_at, model)
         for kind, name in (("input", "prompt_tokens"), ("output", "completion_tokens")):
-            if (tokens := self.completion.usage.get(name)) is not None:
-                observe(
-                    "gen_ai_client_token_usage",
-                    cast(int, tokens),
-                    label="gen_ai_token_type",
-                    given=kind,
-                )
+            if (tokens := self.fold.usage.get(name)) is not None:
+                label = f'gen_ai_token_type="{kind}"'
+                metrics.observe(TOKEN_USAGE, cast(int, tokens), model, label)
 
     def milliseconds(self, instant: float) -> float:
         return round((instant - self.started_at) * 1000, 1)
@@ -2492,78 +2946,56 @@ def require_key(settings: Settings) -> None:
         raise Failure("not_configured")
 
 
-async def ask(request: Request[AppState]) -> Exchange:
+def media_types(request: Request[Any]) -> list[str]:
+    """Those of Accept, in their order, without parameters."""
+    accepted = request.headers.get("accept", "").lower().split(",")
+    return [each.partition(";")[0].strip() for each in accepted]
+
+
+async def ask(request: Request[AppState]) -> Response:
     """POST /ask: as events, as one JSON object, or as text."""
     state, caller = request.state, identify(request)
     settings = state["settings"]
-    body = validate(state["ask_model"], await read_json(request, settings))
+    body = validate(state["models"].ask, await read_json(request, settings))
     require_key(settings)
-    question: JsonObject = {"role": "user", "content": body.prompt}
-    parameters: JsonObject = {}
-    if body.temperature is not MISSING:
-        parameters["temperature"] = body.temperature
-    chat = ChatRequest(
-        caller=caller,
-        model=settings.openai_model if body.model is MISSING else body.model,
-        messages=[*(turn.model_dump() for turn in body.history), question],
-        stream=body.stream,
-        token_limit=settings.max_output_tokens if body.max_tokens is MISSING else body.max_tokens,
-        parameters=parameters,
-        prompt_chars=len(body.prompt),
-    )
-    accepted = request.headers.get("accept", "").partition(",")[0].partition(";")[0]
-    if accepted.strip().lower() == "text/plain":
-        return Exchange(chat, AskText(), state)
-    return Exchange(chat, AskEvents() if body.stream else AskJSON(), state)
+    accepted = media_types(request)
+    stream = accepted != [JSON] if body.stream is MISSING else body.stream
+    if accepted[0] == "text/plain":
+        # A text of HTTP/1.0 ends where its connection does, so a cut one would look complete.
+        stream = stream and request.scope["http_version"] != "1.0"
+        asked = read_ask(body, caller, settings, stream=stream)
+        return Exchange(asked, AskText(stream), state)
+    asked = read_ask(body, caller, settings, stream=stream)
+    return Exchange(asked, AskEvents() if stream else AskJSON(), state)
 
 
-async def chat_completions(request: Request[AppState]) -> Exchange:
+async def chat_completions(request: Request[AppState]) -> Response:
     """POST /v1/chat/completions: OpenAI's own API, for its own libraries."""
     state, caller = request.state, identify(request)
     settings = state["settings"]
     values = await read_json(request, settings)
-    body = validate(state["chat_model"], values)
-    model = settings.openai_model if body.model is MISSING else body.model
-    if model not in settings.models:
-        wrong = FieldError(field="model", detail="This model may not be named here")
-        raise Failure("model_not_found", errors=[wrong])
-    try:
-        to_json(values)
-    except ValueError as exc:  # 1e999 was read as infinity
-        raise Failure("invalid_json", f"The body is not JSON: {exc}") from exc
+    asked = read_chat(values, state["models"].chat, caller, settings)
     require_key(settings)
-    limits = [limit for name in OTHER_NAME if (limit := getattr(body, name, None)) is not None]
-    if all(isinstance(limit, int) for limit in limits):
-        limits.sort()
-    own = {"model", "messages", "stream", *OTHER_NAME}
-    messages = cast(list[JsonObject], values["messages"])
-    chat = ChatRequest(
-        caller=caller,
-        model=model,
-        messages=messages,
-        stream=bool(body.stream),
-        token_limit=limits[0] if limits else settings.max_output_tokens,
-        parameters={name: value for name, value in values.items() if name not in own},
-        prompt_chars=sum(map(len, texts_of(messages))),
-    )
-    if not chat.stream:
-        return Exchange(chat, ChatCompletionJSON(), state)
-    include_usage = bool((body.stream_options or {}).get("include_usage"))
-    return Exchange(chat, ChatCompletionEvents(include_usage), state)
+    if not asked.stream:
+        return Exchange(asked, PassedJSON(), state)
+    options = values.get("stream_options")
+    include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    return Exchange(asked, ChatCompletionEvents(include_usage), state)
 
 
-@dataclass(frozen=True)
-class AskEndpoint:
-    """*read* as an ASGI app: around a function Starlette puts a layer, 2 KiB of a silent stream."""
-
-    read: Callable[[Request[AppState]], Awaitable[Exchange]]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = await self.read(Request(scope, receive))
-        await exchange(scope, receive, send)
+async def responses(request: Request[AppState]) -> Response:
+    """POST /v1/responses: OpenAI's newer API, which its newest clients prefer."""
+    state, caller = request.state, identify(request)
+    settings = state["settings"]
+    values = await read_json(request, settings)
+    asked = read_responses(values, state["models"].newer, caller, settings)
+    require_key(settings)
+    return Exchange(asked, ResponsesEvents() if asked.stream else PassedJSON(), state)
 
 
 class Model(TypedDict):
+    """A model that a request may name."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -2577,14 +3009,27 @@ class ModelList(TypedDict):
     data: list[Model]
 
 
+def known_models(settings: Settings) -> list[Model]:
+    return [
+        Model(id=name, object="model", created=0, owned_by="openai-backend")
+        for name in settings.models
+    ]
+
+
 async def list_models(request: Request[AppState]) -> Response:
     """GET /v1/models."""
     identify(request)
-    models = [
-        Model(id=name, object="model", created=0, owned_by="openai-backend")
-        for name in request.state["settings"].models
-    ]
-    return json_response(ModelList(object="list", data=models))
+    known = known_models(request.state["settings"])
+    return json_response(ModelList(object="list", data=known))
+
+
+async def retrieve_model(request: Request[AppState]) -> Response:
+    """GET /v1/models/{id}."""
+    identify(request)
+    for model in known_models(request.state["settings"]):
+        if model["id"] == request.path_params["id"]:
+            return json_response(model)
+    raise Failure("model_not_found", errors=[FieldError(field="model", detail="No such model")])
 
 
 class Status(TypedDict):
@@ -2600,9 +3045,10 @@ class Status(TypedDict):
 
 
 async def status(request: Request[AppState]) -> Response:
+    """GET /status."""
     state = request.state
     settings = state["settings"]
-    keyed = settings.openai_api_key not in {"", "demo"}
+    keyed = bool(settings.openai_api_key) and not settings.demo
     return json_response(
         Status(
             status="running",
@@ -2617,22 +3063,321 @@ async def status(request: Request[AppState]) -> Response:
 
 
 async def logs(request: Request[AppState]) -> Response:
+    """GET /logs: the newest events, of all levels or of one."""
     require_operator(request)
     given: JsonObject = {}
     if (limit := request.query_params.get("limit")) is not None:
         given["limit"] = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else limit
     if (level := request.query_params.get("level")) is not None:
-        given["level"] = level.upper()
+        given["level"] = level.upper() if level.isascii() else level
     query = validate(LogsQuery, given)
-    level = None if query.level is MISSING else query.level
-    return json_response(await request.state["events"].tail(level=level, limit=query.limit))
+    wanted = None if query.level is MISSING else query.level
+    return json_response(await request.state["events"].tail(level=wanted, limit=query.limit))
 
 
 async def metrics(request: Request[AppState]) -> Response:
+    """GET /metrics."""
     require_operator(request)
     lines = request.state["metrics"].exposition(request.state["admission"].asks)
     media_type = "text/plain; version=0.0.4; charset=utf-8"
     return Response("".join(f"{line}\n" for line in lines), media_type=media_type)
+
+
+OPENAI_PATHS = f"For OpenAI's API there are here {', '.join(V1_PATHS)}."
+
+
+def as_failure(exc: Exception, scope: Scope) -> Failure:
+    """*exc* as one of ERRORS: the router's own, or a defect."""
+    if isinstance(exc, Failure):
+        return exc
+    if not isinstance(exc, HTTPException):
+        return Failure("internal_error")
+    if exc.status_code == 405:
+        return Failure("method_not_allowed", headers=exc.headers)
+    path = route_path(scope)
+    sdk = f"{path}/".startswith("/v1/") or f"/v1{path}" in V1_PATHS
+    return Failure("not_found", f"There is nothing at this path. {OPENAI_PATHS}" if sdk else "")
+
+
+async def error_response(request: Request[Any], exc: Exception) -> Response:
+    """The answer to a request that was not accepted; for an ask it is counted and logged."""
+    failure = as_failure(exc, request.scope)
+    if route_path(request.scope) in ASK_PATHS and not isinstance(exc, ClientDisconnect):
+        request.scope["state"]["metrics"].count_refused(failure.code)
+        caller: Caller | None = request.scope.get("user")
+        fields = [each["field"] for each in failure.errors]
+        facts: dict[str, object] = {"fields": fields} if fields else {}
+        if caller is None or caller.stranger:
+            facts["stranger"] = failure.code
+        log.info("ask refused", code=failure.code, status=failure.status_code, **facts)
+    return failure_response(request.scope, failure)
+
+
+class RequestMiddleware:
+    """Gives each request its id: on the response, in errors, and in every event logged for it.
+
+    It also adds the headers that all responses have. It is the outermost, so it keeps the server's
+    own `send` for Exchange, whose body passes no middleware.
+    """
+
+    ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"))
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        good = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) and not re.search(KEY_SHAPED, given)
+        request_id = given if good else secrets.token_hex(16)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                    *self.ALWAYS,
+                ]
+                names = {name for name, _ in headers}
+                if b"cache-control" not in names:
+                    headers.append((b"cache-control", b"no-store"))
+                if b"x-should-retry" in names:  # which OpenAI's library wants to see in a browser
+                    headers.append((b"access-control-expose-headers", b"X-Should-Retry"))
+                message = {**message, "headers": headers}
+            try:
+                await send(message)
+            except (OSError, RuntimeError) as exc:  # uvloop's, of a transport that is closed
+                raise ClientDisconnect from exc
+
+        # Never unbound: the context ends with uvicorn's task, which first logs what is raised here.
+        bind_contextvars(request_id=request_id)
+        scope["send_body"] = send
+        try:
+            with suppress(ClientDisconnect):  # which is no defect; nobody reads the answer then
+                await self.app(scope, receive, send_with_headers)
+        finally:
+            del scope["send_body"]  # which has the scope, in a circle
+
+
+class GateMiddleware(CORSMiddleware):
+    """CORS, and behind it, so that its errors have CORS headers too, the checks of Host and Origin.
+
+    They refuse names that DNS rebinding would carry, and what pages of other origins post.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        super().__init__(
+            self.check,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+            allow_private_network=True,
+        )
+        self.checked_app = app
+        self.hosts = frozenset(settings.allowed_hosts)
+
+    async def check(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failure = self.refusal(scope) if scope["type"] == "http" else None
+        app = await error_response(Request(scope), failure) if failure else self.checked_app
+        await app(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> Failure | None:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        if has_body and "upgrade" in headers:
+            # uvicorn's parser has lost the body, and would take a late one for the next request.
+            return Failure("upgrade_not_supported", headers={"Connection": "close"})
+        if host and not self.allows_host(host, scope["server"]):
+            return Failure("host_not_allowed")
+        # A page of the service itself: no scheme, since a proxy may have taken the TLS off.
+        own = bool(host) and (origin or "").partition("://")[2] == host
+        if scope["method"] == "POST" and origin and not (own or self.is_allowed_origin(origin)):
+            self.warn(origin)
+            return Failure("origin_not_allowed")
+        return None
+
+    def allows_host(self, host: str, server: tuple[str, int | None] | None) -> bool:
+        local = server is not None and is_loopback(server[0])
+        if "*" in self.hosts or not (self.hosts or local):
+            return True
+        # A name has 253 characters at most (RFC 1035); urlsplit would keep longer ones in a cache.
+        if len(host) > 260:
+            return False
+        with suppress(ValueError):
+            name = urlsplit(f"//{host}").hostname or ""
+            return name == "localhost" or name in self.hosts or parse_ip(name) is not None
+        return False
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        if not self.is_allowed_origin(request_headers["origin"]):
+            self.warn(request_headers["origin"])
+        return super().preflight_response(request_headers)
+
+    def warn(self, origin: str) -> None:
+        """Tell the developer, whose browser does not."""
+        remedy = "add it to CORS_ORIGINS"
+        log.warning("origin not allowed", origin=origin, remedy=remedy, stranger="origin")
+
+
+class LogDatabase:
+    """The newest events, and the day's tokens, of all processes that share a SQLite file.
+
+    It is a structlog processor beside *ring*. One thread alone touches the file, so that no lock
+    and no full disk holds up an ask: what cannot be written waits and is tried again, and where
+    nothing can be read the ring answers.
+    """
+
+    SCHEMA: Mapping[str, str] = {
+        "events": "CREATE TABLE events (id INTEGER PRIMARY KEY AUTOINCREMENT, "
+        "level TEXT NOT NULL, event TEXT NOT NULL)",
+        "tokens": "CREATE TABLE tokens (day INTEGER PRIMARY KEY, used INTEGER NOT NULL)",
+    }
+    WRITE_SECONDS, READ_SECONDS = 0.25, 2
+
+    def __init__(self, path: str, ring: EventLog) -> None:
+        """Opens the file at *path*; raises ConfigError where it cannot be used."""
+        self.path, self.ring = path, ring
+        self.waiting: deque[LogEvent] = deque(maxlen=ring.events.maxlen)
+        self.connection: sqlite3.Connection | None = None
+        self.thread = ThreadPoolExecutor(1)
+        self.closed = False
+        try:
+            self.thread.submit(self.open).result()
+        except (sqlite3.Error, OSError, ValueError) as exc:
+            locked = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL}
+            if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in locked:
+                raise ConfigError(f"LOG_DATABASE: {path!a} cannot be used: {exc}") from exc
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        self.waiting.append(as_log_event(event))
+        if self.closed:  # what the server says behind the lifespan
+            self.write()
+            self.disconnect()
+        return event
+
+    def open(self) -> sqlite3.Connection:
+        if self.connection is None:
+            self.make_private()
+            connection = sqlite3.connect(self.path, timeout=0.2, check_same_thread=False)
+            try:
+                self.check(connection)
+            except (sqlite3.Error, ValueError):
+                connection.close()
+                raise
+            self.connection = connection
+        return self.connection
+
+    def make_private(self) -> None:
+        """Only the owner reads the files: they hold the names of users."""
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
+            with suppress(FileNotFoundError):
+                os.chmod(path, 0o600)
+
+    def check(self, connection: sqlite3.Connection) -> None:
+        """Raises sqlite3.Error or ValueError where the file is no log of this service."""
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            found = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql > ''"))
+            for name, sql in self.SCHEMA.items():
+                if name not in found:
+                    connection.execute(sql)
+                elif found[name] != sql:
+                    raise ValueError(f"its table {name} has another schema; name a new file")
+            # Fails where the file is read-only, as BEGIN IMMEDIATE does not.
+            connection.execute("DELETE FROM events WHERE false")
+
+    def disconnect(self) -> None:
+        if self.connection is not None:
+            self.connection.close()  # the last one leaves no -wal behind
+            self.connection = None
+
+    def write(self) -> bool:
+        """Whether all that waited is in the file now."""
+        if not self.waiting:
+            return True
+        events = list(self.waiting)
+        rows = [(each["level"], utf8_json(to_json(each)).decode()) for each in events]
+        try:
+            with self.open() as transaction:
+                transaction.executemany("INSERT INTO events (level, event) VALUES (?, ?)", rows)
+                transaction.execute(
+                    "DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?",
+                    (self.waiting.maxlen,),
+                )
+        except (sqlite3.Error, OSError, ValueError):
+            return False
+        self.forget(events)
+        return True
+
+    def forget(self, written: list[LogEvent]) -> None:
+        # The deque itself may have dropped some of them meanwhile, to make room.
+        for event in written:
+            if self.waiting and self.waiting[0] is event:
+                self.waiting.popleft()
+
+    def read(self, level: str | None, limit: int) -> list[LogEvent]:
+        all_written = self.write()
+        rows = self.open().execute(
+            "SELECT event FROM events WHERE ? IN (level, '') ORDER BY id DESC LIMIT ?",
+            (level or "", limit),
+        )
+        events: list[LogEvent] = [json.loads(event) for (event,) in rows][::-1]
+        if not all_written:
+            events += (each for each in list(self.waiting) if level in (None, each["level"]))
+        return events[-limit:]
+
+    async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
+        """As the ring's, of all processes; those of this one that wait to be written come last."""
+        loop = asyncio.get_running_loop()
+        with suppress(sqlite3.Error, OSError, ValueError, TimeoutError):
+            async with asyncio.timeout(self.READ_SECONDS):
+                return await loop.run_in_executor(self.thread, self.read, level, limit)
+        return await self.ring.tail(level=level, limit=limit)
+
+    def add_tokens(self, day: int, tokens: int) -> int:
+        """The tokens that all processes have used on *day*, with *tokens* more of this one."""
+        with self.open() as transaction:
+            (used,) = transaction.execute(
+                "INSERT INTO tokens VALUES (?, ?) "
+                "ON CONFLICT (day) DO UPDATE SET used = used + excluded.used RETURNING used",
+                (day, tokens),
+            ).fetchone()
+        return int(used)
+
+    async def share(self, budget: DailyBudget) -> None:
+        """Write what waits, and make *budget* that of all processes."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.thread, self.write)
+        budget.turn_page()
+        day, tokens = budget.day, budget.unshared
+        if not (budget.limit or tokens):
+            return
+        budget.unshared = 0
+        try:
+            used = await loop.run_in_executor(self.thread, self.add_tokens, day, tokens)
+        except (sqlite3.Error, OSError, ValueError):
+            budget.unshared += tokens
+        else:
+            if day == budget.day:
+                budget.learn(used, tokens)
+
+    async def keep(self, budget: DailyBudget) -> None:
+        while True:
+            await asyncio.sleep(self.WRITE_SECONDS)
+            await self.share(budget)
+
+    async def close(self, budget: DailyBudget) -> None:
+        """From here on each event is written at once: SIGTERM ends the process at any moment."""
+        await self.share(budget)
+        self.thread.submit(self.disconnect).result()
+        self.thread.shutdown()
+        self.closed = True
 
 
 @dataclass(frozen=True)
@@ -2644,6 +3389,19 @@ class DemoAnswer:
     delay: float = 0
     finish_reason: str = "stop"
     cut: bool = False
+
+    def up_to(self, limit: JsonValue) -> "DemoAnswer":
+        """The first words of it, no more than *limit*, reasoning included."""
+        thoughts, words = (re.findall(r"\s*\S+", text) for text in (self.reasoning, self.text))
+        if not isinstance(limit, int) or limit >= len(thoughts) + len(words):
+            return self
+        text = "".join(words[: max(0, limit - len(thoughts))])
+        return replace(self, text=text, reasoning="".join(thoughts[:limit]), finish_reason="length")
+
+    def tokens(self) -> tuple[int, int]:
+        """Those of the reasoning, and of all: a word is one."""
+        reasoned = len(self.reasoning.split())
+        return reasoned, reasoned + len(self.text.split())
 
 
 DEMO_ERRORS = {400, 401, 429, 500, 503}
@@ -2667,66 +3425,116 @@ class DemoTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         body: JsonObject = json.loads(request.content)
-        messages = cast(list[JsonObject], body["messages"])
-        prompt = "".join(texts_of(messages[-1:]))
-        command, argument, *_ = [*prompt.split(None, 2), "", ""]
+        said = body.get("messages") or body.get("input")
+        turns: list[Any] = said if isinstance(said, list) else [{"content": said}]
+        prompt = "".join(texts_of(turns[-1:]))
+        command, argument, *_ = [*prompt[:100].split(None, 2), "", ""]
         code = int(argument) if re.fullmatch("(?a:[0-9]{3})", argument) else 0
         if command == "/error" and code in DEMO_ERRORS:
             headers = {"Retry-After": "3"} if code == 429 else {}
             error = {"message": f"The demo model was asked for a {code}.", "type": "demo"}
             return httpx2.Response(code, headers=headers, json={"error": error}, request=request)
-        usual = DemoAnswer(f"This is the demo model, not OpenAI. You said: “{prompt}”")
+        quoted = prompt if len(prompt) <= 2000 else f"{prompt[:2000]} [...]"
+        usual = DemoAnswer(f"This is the demo model, not OpenAI. You said: “{quoted}”")
         answer = DEMO_ANSWERS.get(command, usual)
-        words = [("reasoning_content", word) for word in re.findall(r"\s*\S+", answer.reasoning)]
-        words += [("content", word) for word in re.findall(r"\s*\S+", answer.text)]
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        reason = answer.finish_reason
-        if isinstance(limit, int) and limit < len(words):
-            words, reason = words[:limit], "length"
-        reasoned = sum(kind == "reasoning_content" for kind, _ in words)
-        asked = sum(len(text.split()) for text in texts_of(messages))
-        usage = {
-            "prompt_tokens": asked,
-            "completion_tokens": len(words),
-            "total_tokens": asked + len(words),
-        } | ({"completion_tokens_details": {"reasoning_tokens": reasoned}} if reasoned else {})
-        answered = self.stream if body.get("stream") else self.plain
-        return httpx2.Response(200, content=answered(answer, words, reason, usage), request=request)
-
-    async def stream(
-        self, answer: DemoAnswer, words: list[tuple[str, str]], reason: str, usage: object
-    ) -> AsyncIterator[bytes]:
-        head: JsonObject = {"id": "chatcmpl-demo", "object": "chat.completion.chunk"}
-        head |= {"model": "demo", "created": int(time.time())}
-
-        def chunk(delta: object, finish_reason: str | None = None) -> bytes:
-            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-            return sse_event({**head, "choices": [choice]})
-
-        yield chunk({"role": "assistant", "content": ""})
+        asked = sum(len(text.split()) for text in texts_of(turns))
+        speak = demo_responses if request.url.path.endswith("/responses") else demo_chat
+        events = self.paced(answer, speak(answer, body, asked))
+        if body.get("stream"):
+            return httpx2.Response(200, content=events, request=request)
         await asyncio.sleep(answer.delay)
-        for kind, word in words:
-            yield chunk({kind: word})
-            await asyncio.sleep(self.PACE)
+        whole = utf8_json(to_json(list(speak(answer, body, asked))[-1]))
+        content = whole[:100] if answer.cut else whole
+        return httpx2.Response(200, content=content, request=request)
+
+    async def paced(self, answer: DemoAnswer, events: Iterator[JsonObject]) -> AsyncIterator[bytes]:
+        """All *events* but the last, which is the plain answer, at a pace a person can watch."""
+        event = next(events)
+        pause = answer.delay
+        for following in events:
+            name = event.get("type")
+            yield (f"event: {name}\n".encode() if name else b"") + sse_event(event)
+            await asyncio.sleep(pause)
+            event, pause = following, self.PACE
+        if event.get("object") == "chat.completion" and not answer.cut:
+            yield END_MARK
+
+
+def demo_chat(answer: DemoAnswer, body: JsonObject, asked: int) -> Iterator[JsonObject]:
+    """The *answer* as chat completion chunks, and then as one plain completion."""
+    answer = answer.up_to(body.get("max_completion_tokens") or body.get("max_tokens"))
+    reasoned, spoken = answer.tokens()
+    usage: JsonObject = {
+        "prompt_tokens": asked,
+        "completion_tokens": spoken,
+        "total_tokens": asked + spoken,
+    } | ({"completion_tokens_details": {"reasoning_tokens": reasoned}} if reasoned else {})
+    head: JsonObject = {"id": "chatcmpl-demo", "model": "demo", "created": int(time.time())}
+    said: JsonObject = {"role": "assistant", "content": answer.text}
+    said |= {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+
+    def choice(part: str, value: JsonValue, reason: str | None = None) -> JsonObject:
+        kind = "chat.completion.chunk" if part == "delta" else "chat.completion"
+        one: JsonObject = {"index": 0, part: value, "finish_reason": reason}
+        return {**head, "object": kind, "choices": [one]}
+
+    yield choice("delta", {"role": "assistant", "content": ""})
+    for name, text in (("reasoning_content", answer.reasoning), ("content", answer.text)):
+        for word in re.findall(r"\s*\S+", text):
+            yield choice("delta", {name: word})
+    if not answer.cut:
+        yield choice("delta", {}, answer.finish_reason)
+        yield {**head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+    yield choice("message", said, answer.finish_reason) | {"usage": usage}
+
+
+def demo_responses(answer: DemoAnswer, body: JsonObject, asked: int) -> Iterator[JsonObject]:
+    """The *answer* as events of the Responses API, and then as one plain response."""
+    answer = answer.up_to(body.get("max_output_tokens"))
+    reasoned, spoken = answer.tokens()
+    state = "completed" if answer.finish_reason == "stop" else "incomplete"
+    begun: JsonObject = {"id": "resp_demo", "object": "response", "model": "demo", "output": []}
+    begun |= {"created_at": int(time.time()), "status": "in_progress", "tools": [], "error": None}
+    begun |= {"parallel_tool_calls": True, "tool_choice": "auto", "incomplete_details": None}
+    numbers, output = itertools.count(), list[JsonValue]()
+
+    def event(kind: str, **fields: JsonValue) -> JsonObject:
+        return {"type": f"response.{kind}", "sequence_number": next(numbers), **fields}
+
+    def item(name: str, text: str, part: JsonObject, parts: str, more: JsonObject) -> Iterator[Any]:
+        """The events of one item of the output, whose one part is *part* with *text*."""
+        where = {"item_id": more["id"], "output_index": len(output), parts + "_index": 0}
+        said = name.removesuffix("_text") + "_part" if parts == "summary" else "content_part"
+        full: JsonObject = {**more, parts: [{**part, "text": text}]}
+        yield event("output_item.added", output_index=len(output), item={**more, parts: []})
+        yield event(f"{said}.added", **where, part={**part, "text": ""})
+        for word in re.findall(r"\s*\S+", text):
+            yield event(f"{name}.delta", **where, delta=word)
         if not answer.cut:
-            yield chunk({}, reason)
-            yield sse_event({**head, "choices": [], "usage": usage}) + END_MARK
+            yield event(f"{name}.done", **where, text=text)
+            yield event(f"{said}.done", **where, part={**part, "text": text})
+            yield event("output_item.done", output_index=len(output), item=full)
+        output.append(full)
 
-    async def plain(
-        self, answer: DemoAnswer, words: list[tuple[str, str]], reason: str, usage: object
-    ) -> AsyncIterator[bytes]:
-        await asyncio.sleep(answer.delay)
-        texts = {"content": "", "reasoning_content": ""}
-        for kind, word in words:
-            texts[kind] += word
-        message = {"role": "assistant"} | {
-            kind: text for kind, text in texts.items() if text or kind == "content"
-        }
-        choice = {"index": 0, "message": message, "finish_reason": reason}
-        head: JsonObject = {"id": "chatcmpl-demo", "object": "chat.completion"}
-        head |= {"model": "demo", "created": int(time.time())}
-        whole = utf8_json(to_json({**head, "choices": [choice], "usage": usage}))
-        yield whole[:100] if answer.cut else whole
+    yield event("created", response=begun)
+    if answer.reasoning:
+        thought: JsonObject = {"id": "rs_demo", "type": "reasoning"}
+        summary: JsonObject = {"type": "summary_text"}
+        yield from item("reasoning_summary_text", answer.reasoning, summary, "summary", thought)
+    message: JsonObject = {"id": "msg_demo", "type": "message", "role": "assistant"}
+    part: JsonObject = {"type": "output_text", "annotations": []}
+    yield from item("output_text", answer.text, part, "content", {**message, "status": state})
+    usage: JsonObject = {"input_tokens": asked, "output_tokens": spoken}
+    usage |= {
+        "total_tokens": asked + spoken,
+        "output_tokens_details": {"reasoning_tokens": reasoned},
+    }
+    whole = begun | {"status": state, "output": output, "usage": usage}
+    if state == "incomplete":
+        whole["incomplete_details"] = {"reason": "max_output_tokens"}
+    if not answer.cut:
+        yield event(state, response=whole)
+    yield whole
 
 
 def ref(name: str) -> dict[str, str]:
@@ -2742,9 +3550,8 @@ class UntitledSchema(GenerateJsonSchema):
 
 def schemas(settings: Settings) -> dict[str, Any]:
     """What goes over the wire: requests as they are validated, the rest as it is typed."""
-    received = (ask_model(settings), chat_model(settings))
-    sent = (Answer, PieceEvent, DoneEvent, ErrorEvent, Problem, OpenAIError, Status, LogEvent)
-    types: tuple[type[Any], ...] = (*received, *sent, ModelList)
+    sent = (Answer, PieceEvent, DoneEvent, ErrorEvent, Problem, OpenAIErrorBody, Status, LogEvent)
+    types: tuple[type[Any], ...] = (*request_models(settings), *sent, Model, ModelList)
     _, document = TypeAdapter.json_schemas(
         [(each.__name__, "validation", TypeAdapter(each)) for each in types],
         ref_template=ref("{model}")["$ref"],
@@ -2754,34 +3561,15 @@ def schemas(settings: Settings) -> dict[str, Any]:
     return definitions
 
 
-def operation(
-    name: str,
-    summary: str,
-    content: object,
-    codes: Iterable[Code] = (),
-    *,
-    secured: bool = False,
-    error: str = "Problem",
-    **more: object,
-) -> dict[str, Any]:
-    """An operation that answers with *content*, or with an *error* of one of the *codes*."""
-    text = {"schema": {"type": "string"}}
-    extra = {"401": "WWW-Authenticate"} | dict.fromkeys(("429", "502", "503"), "Retry-After")
-    responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
-    denied: tuple[Code, ...] = ("unauthorized",) if secured else ()
-    for code in ("host_not_allowed", *denied, *codes, "internal_error"):
-        failure = Failure(code)
-        problem = failure.problem("7f0c2a")
-        kind, example = (PROBLEM, problem) if error == "Problem" else (JSON, failure.openai_error())
-        problems = {kind: {"schema": ref(error), "examples": {}}}
-        response = {"description": problem["title"], "content": problems}
-        response = responses.setdefault(str(failure.status_code), response)
-        response["content"][kind]["examples"][code] = {"value": example}
-    for status_code, response in responses.items():
-        names = filter(None, ("X-Request-ID", extra.get(status_code)))
-        response["headers"] = dict.fromkeys(names, text)
-    security: dict[str, Any] = {"security": [{"bearer": []}]} if secured else {}
-    return {"operationId": name, "summary": summary, "responses": responses, **security, **more}
+TEXT = {"schema": {"type": "string"}}
+# Codes that no ask is answered with, or only with a token or under /v1, or that every route has.
+NOT_OF_AN_ASK = {"host_not_allowed", "not_found", "method_not_allowed", "unauthorized"}
+NOT_OF_AN_ASK |= {"model_not_found", "internal_error"}
+ASK_CODES = [code for code in ERRORS if code not in NOT_OF_AN_ASK]
+
+
+def json_content(schema: object, **more: object) -> dict[str, Any]:
+    return {JSON: {"schema": schema, **more}}
 
 
 def event_stream(events: object, example: bytes) -> dict[str, Any]:
@@ -2792,61 +3580,83 @@ def event_stream(events: object, example: bytes) -> dict[str, Any]:
     return {SSE: {"schema": schema, "example": example.decode()}}
 
 
-def json_content(schema: object, **more: object) -> dict[str, Any]:
-    return {JSON: {"schema": schema, **more}}
+def operation(
+    name: str, summary: str, content: object, codes: Iterable[Code] = (), secured: bool = False
+) -> dict[str, Any]:
+    """An operation that answers with *content*, or with the error of one of *codes*."""
+    extra = {"401": "WWW-Authenticate"} | dict.fromkeys(("429", "502", "503"), "Retry-After")
+    answers: dict[str, Any] = {"200": {"description": "OK", "content": content}}
+    for code in ("host_not_allowed", *["unauthorized"] * secured, *codes, "internal_error"):
+        failure = Failure(code, retry_after=12 if code == "too_many_asks" else None)
+        problem: Any = failure.problem("7f0c2a")
+        kind, schema = PROBLEM, "Problem"
+        if name in {"createChatCompletion", "createResponse", "listModels", "retrieveModel"}:
+            problem, kind, schema = failure.openai_error(), JSON, "OpenAIErrorBody"
+        answer = {"content": {kind: {"schema": ref(schema), "examples": {}}}}
+        answer = answers.setdefault(
+            str(failure.status_code), {"description": failure.title, **answer}
+        )
+        answer["content"][kind]["examples"][code] = {"value": problem}
+    for status_code, answer in answers.items():
+        names = filter(None, ("X-Request-ID", extra.get(status_code)))
+        answer["headers"] = dict.fromkeys(names, TEXT)
+    security: dict[str, Any] = {"security": [{"bearer": []}]} if secured else {}
+    return {"operationId": name, "summary": summary, "responses": answers, **security}
 
 
-def ask_operations(secured: bool) -> dict[str, Any]:
-    """POST /ask and POST /v1/chat/completions; JSON first, since generated clients take that."""
-    codes = [code for code in ERRORS if code not in NOT_LISTED_FOR_ASKS]
-    pieces: list[Piece] = [("reasoning", "The user greets"), ("delta", "Hola")]
-    end = {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"}
-    streamed = AskEvents().chunk(b"", {}, pieces) + sse_event(end) + END_MARK
+def ask_operation(secured: bool) -> dict[str, Any]:
+    """POST /ask; JSON first, since generated clients take that."""
+    pieces = [
+        {"type": "reasoning", "content": "The user greets"},
+        {"type": "delta", "content": "Hola"},
+        {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"},
+    ]
     events = {"oneOf": [ref("PieceEvent"), ref("DoneEvent"), ref("ErrorEvent")]}
-    answers = json_content(ref("Answer")) | event_stream(events, streamed)
-    answers["text/plain"] = {"schema": {"type": "string"}}
+    stream = event_stream(events, b"".join(map(sse_event, pieces)) + END_MARK)
+    answers = json_content(ref("Answer")) | stream | {"text/plain": TEXT}
     example = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
     asked = {"required": True, "content": json_content(ref("Ask"), example=example)}
-    choice = {"index": 0, "delta": {"content": "Hola"}}
-    chunk = sse_event({"object": "chat.completion.chunk", "choices": [choice]})
-    whole: dict[str, object] = {"type": "object"}
-    chat_answers = json_content(whole) | event_stream(whole, chunk + END_MARK)
+    return operation("ask", "Ask", answers, ASK_CODES, secured) | {"requestBody": asked}
+
+
+def openai_operations(secured: bool) -> dict[str, Any]:
+    """The POSTs of OpenAI's own two APIs."""
+    delta = {"index": 0, "delta": {"content": "Hola"}}
+    kind = "response.output_text.delta"
+    chunk = sse_event({"object": "chat.completion.chunk", "choices": [delta]}) + END_MARK
+    event = b"event: %s\n" % kind.encode() + sse_event({"type": kind, "delta": "Hola"})
     chat = {"messages": [{"role": "user", "content": "Hola"}]}
-    content = json_content(ref("ChatCompletionRequest"), example=chat)
-    chat_asked = {"required": True, "content": content}
-    return {
-        "/ask": operation("ask", "Ask", answers, codes, secured=secured, requestBody=asked),
-        "/v1/chat/completions": operation(
-            "createChatCompletion",
-            "Ask, as with OpenAI's own API",
-            chat_answers,
-            [*codes, "model_not_found"],
-            secured=secured,
-            error="OpenAIError",
-            requestBody=chat_asked,
-        ),
-    }
+    codes, whole = [*ASK_CODES, "model_not_found"], {"type": "object"}
+
+    def post(name: str, api: str, request: str, example: object, stream: bytes) -> dict[str, Any]:
+        asked = {"required": True, "content": json_content(ref(request), example=example)}
+        answers = json_content(whole) | event_stream(whole, stream)
+        summary = f"Ask, as with OpenAI's {api}"
+        return operation(name, summary, answers, codes, secured) | {"requestBody": asked}
+
+    newer = post("createResponse", "newer API", "ResponsesRequest", {"input": "Hola"}, event)
+    older = post("createChatCompletion", "own API", "ChatCompletionRequest", chat, chunk)
+    return {"/v1/chat/completions": older, "/v1/responses": newer}
 
 
-def read_operations(asks_secured: bool, logs_secured: bool) -> dict[str, Any]:
-    """What is read with GET."""
+def get_operations(asks: bool, logs: bool) -> dict[str, Any]:
+    """What is read with GET; *asks* and *logs* say whether those want a token."""
     query = LogsQuery.model_json_schema()["properties"].items()
     parameters = [{"name": name, "in": "query", "schema": each} for name, each in query]
+    model_id = {"name": "id", "in": "path", "required": True, **TEXT}
     events = json_content({"type": "array", "items": ref("LogEvent")})
-    models = json_content(ref("ModelList"))
-    text = {"schema": {"type": "string"}}
-    html, plain = {"text/html": text}, {"text/plain": text}
-    of_logs = partial(operation, secured=logs_secured)
-    of_asks = partial(operation, secured=asks_secured, error="OpenAIError")
+    known, one = json_content(ref("ModelList")), json_content(ref("Model"))
+    html, document = {"text/html": TEXT}, json_content({"type": "object"})
     return {
         "/": operation("page", "A page to ask from", html),
         "/status": operation("status", "Whether it all works", json_content(ref("Status"))),
-        "/logs": of_logs(
-            "logs", "Newest events", events, ["invalid_request"], parameters=parameters
-        ),
-        "/metrics": of_logs("metrics", "Metrics, for Prometheus", plain),
-        "/v1/models": of_asks("listModels", "The models that a request may name", models),
-        "/openapi.json": operation("document", "This document", json_content({"type": "object"})),
+        "/logs": operation("logs", "Newest events", events, ["invalid_request"], logs)
+        | {"parameters": parameters},
+        "/metrics": operation("metrics", "For Prometheus", {"text/plain": TEXT}, secured=logs),
+        "/v1/models": operation("listModels", "What may be named", known, secured=asks),
+        "/v1/models/{id}": operation("retrieveModel", "One", one, ["model_not_found"], asks)
+        | {"parameters": [model_id]},
+        "/openapi.json": operation("document", "This document", document),
         "/docs": operation("swaggerUI", "This document in Swagger UI", html),
         "/redoc": operation("redoc", "This document in ReDoc", html),
     }
@@ -2854,353 +3664,437 @@ def read_operations(asks_secured: bool, logs_secured: bool) -> dict[str, Any]:
 
 def openapi(settings: Settings) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the service."""
-    asks_secured = bool(settings.api_token or settings.jwt_secret)
-    logs_secured = asks_secured or bool(settings.admin_token)
-    posts = {path: {"post": each} for path, each in ask_operations(asks_secured).items()}
-    reads = read_operations(asks_secured, logs_secured).items()
+    asks, logs = settings.wants_token, settings.wants_token or bool(settings.admin_token)
+    posts = {"/ask": ask_operation(asks), **openai_operations(asks)}.items()
     components: dict[str, Any] = {"schemas": schemas(settings)}
-    if logs_secured:
+    if logs:
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "OpenAI back end", "version": VERSION},
         "servers": [{"url": "."}],
-        "paths": posts | {path: {"get": each} for path, each in reads},
+        "paths": {path: {"post": each} for path, each in posts}
+        | {path: {"get": each} for path, each in get_operations(asks, logs).items()},
         "components": components,
     }
 
 
 CDN = "https://cdn.jsdelivr.net/npm"
+SWAGGER, REDOC = f"{CDN}/swagger-ui-dist@5.35.0/swagger-ui", f"{CDN}/redoc@2.5.4"
 
 
-def docs_page(package: str, script: str, integrity: str, start: str, head: str = "") -> Response:
+def docs_page(script: str, integrity: str, start: str, head: str = "") -> Response:
     """A page around a *script* of the CDN; *integrity* is that of the npm package's own file."""
     return HTMLResponse(f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>OpenAI back end</title>{head}</head>
-<body><div id="ui"></div><script src="{CDN}/{package}/{script}" integrity="sha384-{integrity}"
+<body><div id="ui"></div><script src="{script}" integrity="sha384-{integrity}"
 crossorigin="anonymous"
 onerror="document.body.textContent = 'The CDN cannot be reached; see openapi.json.'"></script>
 <script>{start}</script></body></html>""")
 
 
-SWAGGER_UI = partial(
-    docs_page,
-    "swagger-ui-dist@5.35.0",
-    "swagger-ui-bundle.js",
-    "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9",
-    "window.SwaggerUIBundle?.({url: 'openapi.json', dom_id: '#ui'})",
-    f"""<link rel="stylesheet" href="{CDN}/swagger-ui-dist@5.35.0/swagger-ui.css"
-integrity="sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I"
-crossorigin="anonymous">""",
-)
-REDOC = partial(
-    docs_page,
-    "redoc@2.5.4",
-    "bundles/redoc.standalone.js",
-    "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5",
-    "window.Redoc?.init('openapi.json', {}, document.getElementById('ui'))",
-)
-PAGE_STYLE = """
-:root { color-scheme: light dark; --mono: 0.8125rem/1.7 ui-monospace, Menlo, Consolas, monospace;
-  --paper: light-dark(#faf9f6, #15171a); --field: light-dark(#fff, #1e2125);
+def swagger_ui() -> Response:
+    return docs_page(
+        f"{SWAGGER}-bundle.js",
+        "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9",
+        "window.SwaggerUIBundle?.({url: 'openapi.json', dom_id: '#ui'})",
+        f"""<link rel="stylesheet" href="{SWAGGER}.css" crossorigin="anonymous"
+integrity="sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I">""",
+    )
+
+
+def redoc() -> Response:
+    return docs_page(
+        f"{REDOC}/bundles/redoc.standalone.js",
+        "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5",
+        "window.Redoc?.init('openapi.json', {}, document.getElementById('ui'))",
+    )
+
+
+PAGE_STYLE = r"""
+:root { color-scheme: light dark; --paper: light-dark(#fcfbf9, #121417);
+  --field: light-dark(#fff, #191c20); --tint: light-dark(#f2f1ed, #1e2226);
+  --line: light-dark(#e4e1da, #2c3136); --edge: light-dark(#85888c, #747a82);
   --ink: light-dark(#1b1e22, #e8e6e1); --quiet: light-dark(#5c6067, #a1a6ad);
-  --line: light-dark(#e0ddd5, #33383e); --edge: light-dark(#85888c, #747a82);
   --accent: light-dark(#0d5c75, #7ac6dc); --warn: light-dark(#8a5800, #e0b155);
-  --bad: light-dark(#b3261e, #ff9488); }
+  --bad: light-dark(#b3261e, #ff9488); scrollbar-gutter: stable; }
 * { box-sizing: border-box; margin: 0; color: inherit; font: inherit; }
-[hidden], #chart:not([hidden]) + p, #log:empty { display: none !important; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-body { max-width: 74rem; margin: auto; padding: clamp(1.25rem, 4vw, 3rem); overflow-wrap: anywhere;
-  background: var(--paper); color: var(--ink); font: 1rem/1.6 system-ui, sans-serif; }
-header, nav, #buttons { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0.5rem 1.5rem; }
-main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 3rem 4.5rem; margin-top: 2.5rem; }
-h1, h2, b { font-weight: 650; }
-h1 { font-size: 1.25rem; letter-spacing: -0.015em; }
-h2 { display: flex; justify-content: space-between; margin-bottom: 0.75rem; }
-a { color: var(--accent); text-underline-offset: 0.2em; } nav { margin-left: auto; }
-nav, dl, small, summary, select, label[id], p:not(#answer, li p) { font-size: 0.875rem; }
-dt, small, summary, table, label[id], p:not(#answer, li p), li span { color: var(--quiet); }
-#health::before { content: "●  "; color: var(--accent); }
-#health.bad::before { content: "▲  "; color: inherit; }
-#health.bad, #state.bad { color: var(--bad); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.75rem, 1fr));
-  align-items: end; gap: 0.5rem 1rem; font-variant-numeric: tabular-nums; }
-dt { font-size: 0.75rem; } dt::first-letter { text-transform: uppercase; }
-header dl { flex-basis: 100%; min-height: 4.25rem; margin-top: 0.75rem; padding: 0.75rem 0;
-  border-block: 1px solid var(--line); }
-textarea, input, select, button { padding: 0.5rem 1.25rem; background: var(--field);
-  border: 1px solid var(--edge); border-radius: 0.5rem; }
-textarea, input { display: block; width: 100%; padding: 0.75rem 1rem; }
-textarea { min-height: 6.5rem; max-height: 60vh; resize: vertical; field-sizing: content; }
+body { max-width: 84rem; margin: auto; padding: 0 clamp(1rem, 4vw, 3rem) 2rem; color: var(--ink);
+  background: var(--paper); font: 1rem/1.6 system-ui, sans-serif; overflow-wrap: anywhere; }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+main, #turns, aside { display: grid; grid-template-columns: minmax(0, 1fr); gap: 2.5rem; }
+header, .head, .row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.25rem 0.5rem; }
+header { margin-bottom: 2rem; padding: 1.25rem 0; border-bottom: 1px solid var(--line); }
+h1, h2, h4, b { font-weight: 620; }
+h1, h2 { flex: 1 0 auto; font-size: 1.0625rem; }
+nav a { margin-left: 0.75rem; color: var(--accent); }
+.head { min-height: 2.25rem; margin-bottom: 0.5rem; }
+nav, aside p, #health, #intro, #hints, .quiet, small, summary, label, #state, details p,
+  #chart > i { color: var(--quiet); font-size: 0.875rem; }
+#health { flex-basis: 100%; }
+#health::before { content: "● "; color: var(--accent); }
+p.bad, p.bad::before { color: var(--bad) !important; }
+#intro { min-height: 3.2em; }
+section:has(article) #intro, section:not(:has(article)) #anew, form:not([aria-busy]) #stop,
+  select:empty, details:has(p:empty), .failed .answer:empty { display: none; }
+input, select, button { padding: 0.25rem 0.75rem; border: 1px solid var(--edge);
+  border-radius: 0.5rem; background: var(--field); color: var(--ink); font-size: 0.875rem; }
+:is(.head, footer, p) button { padding: 0.125rem 0.5rem; border-color: var(--line); }
+button:hover, [aria-pressed="true"] { border-color: currentColor; color: var(--accent); }
 ::placeholder { color: var(--quiet); opacity: 1; }
-input { max-width: 30rem; margin-top: 0.25rem; font: var(--mono); -webkit-text-security: disc; }
-label[id] { display: block; margin: 1rem 0; }
-select { padding: 0.25rem 0.5rem; font-weight: 400; }
-#hints { margin-top: 0.75rem; line-height: 2; }
-#hints button { padding: 0 0.5rem; color: var(--accent); font: var(--mono); }
-#buttons { gap: 0.75rem; margin: 1rem 0; }
-#buttons button { color: var(--ink); font-size: 1rem; font-weight: 500; }
-#buttons #ask { background: var(--accent); border-color: var(--accent); color: var(--paper); }
-#buttons [aria-disabled="true"] { opacity: 0.5; }
-#reasoning { margin-top: 0.75rem; padding-left: 1rem; border-left: 2px solid var(--line); }
-#answer, #thoughts { max-width: 68ch; white-space: pre-wrap; }
-#answer { margin: 0.75rem 0 1.25rem; font-size: 1.0625rem; }
-[aria-busy="true"] #answer::after { content: "▍"; animation: pulse 1s infinite; }
-@keyframes pulse { 50% { opacity: 0.2; } }
-@media (prefers-reduced-motion: reduce) { #answer::after { animation: none !important; } }
-#chart span, td, th { white-space: nowrap; }
-table { width: 100%; margin-top: 0.75rem; border-collapse: collapse; font: var(--mono); }
-th, td { padding: 0 0 0 0.75rem; text-align: right; }
-:is(th, td):first-child { padding: 0 1rem 0 0; text-align: left; }
-:is(th, td):nth-child(2) { width: 100%; padding: 0; text-align: left; }
-#axis { display: flex; justify-content: space-between; }
-td:nth-child(2) { border-right: 1px solid var(--line); color: var(--accent);
-  background: linear-gradient(90deg, var(--line) 1px, transparent 1px) 0 / 50%; }
-td + td :is(i, b) { display: inline-block; height: 0.7rem; vertical-align: middle;
-  background: currentColor; }
-td + td i { height: 2px; }
-.WARNING b, .cancelled :is(i, b) { color: var(--warn); }
-:is(.ERROR, .CRITICAL) b, .failed :is(i, b) { color: var(--bad); }
-#log { max-height: 34rem; padding: 0; overflow: auto; list-style: none; font: var(--mono);
-  border-block: 1px solid var(--line); }
-li { display: grid; grid-template-columns: 4.5rem 1fr; gap: 0 1rem; padding: 0.125rem 0; }
-li p { grid-column: 1 / -1; white-space: pre-wrap; }
-@media (min-width: 60rem) {
-  main { grid-template-columns: minmax(0, 7fr) minmax(0, 5fr); }
-  section:last-child { grid-column: 1 / -1; }
-  li { grid-template-columns: 4.5rem 5rem minmax(0, 1fr); }
-  li p { grid-column: 3; }
+#form { position: sticky; bottom: 0; z-index: 1; padding: 1rem 0 0; background: var(--paper); }
+#form > .row { min-height: 1.75rem; justify-content: space-between; }
+#box { padding: 0.5rem 0.5rem 0.5rem 1rem; border: 1px solid var(--edge); border-radius: 0.875rem;
+  background: var(--field); }
+#box:focus-within { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
+#prompt { width: 100%; min-height: 4rem; max-height: 40vh; padding: 0.5rem 0; border: 0; outline: 0;
+  background: none; resize: none; field-sizing: content; vertical-align: top; }
+label input, #word { display: block; width: 8rem; }
+#options, summary { min-height: 1.5rem; margin-right: auto; }
+#ask { background: var(--accent); color: var(--paper); forced-color-adjust: none; }
+#ask[aria-disabled] { opacity: 0.5; }
+#hints { line-height: 2.25; visibility: hidden; }
+.active footer { visibility: hidden; }
+article:last-child { min-height: calc(100dvh - 20rem); }
+article > * + *, :is(.answer, .failure) > * + * { margin-top: 0.75rem; }
+h3 { width: fit-content; padding: 0.5rem 1rem; border-radius: 0.75rem; background: var(--tint); }
+h3, h4, article p, li { white-space: pre-wrap; }
+.answer { max-width: 44rem; min-height: 1.6em; }
+.answer :is(ol, ul) { padding-left: 1.75rem; }
+.active .answer:empty::after, .active p:last-child::after { content: "▍"; color: var(--accent); }
+.finished .answer:empty::after { content: "The model sent no text."; color: var(--quiet); }
+code, pre, #log, #hints button { font: 0.8125rem/1.65 ui-monospace, Menlo, Consolas, monospace; }
+code, pre { border-radius: 0.3rem; background: var(--tint); }
+pre { max-height: 28rem; padding: 0.75rem 1rem; overflow: auto; }
+article details p { display: flex; flex-direction: column-reverse; max-height: 9rem;
+  padding-left: 1rem; border-left: 2px solid var(--line); overflow: auto; }
+.failure { padding: 0.75rem 1rem; border-left: 3px solid var(--bad); background: var(--tint); }
+form.row input { width: 16rem; max-width: 100%; -webkit-text-security: disc; }
+#chart { position: relative; height: 9rem; }
+#chart > i { display: block; height: 2.5rem; border-top: 1px solid var(--line); }
+#bars { position: absolute; inset: 0 0 0 2.75rem; display: flex; justify-content: end; }
+#bars li { position: relative; flex: 0 0 calc(100% / 24); text-align: center; }
+#bars :is(div, i, b) { position: absolute; inset: auto 0 0; font-size: 0.8125rem; }
+#bars div { inset: 0 2px 1.5rem; }
+ol[id] { padding: 0; list-style: none; }
+#bars i, .row i { border-radius: 2px; background: currentColor; forced-color-adjust: none; }
+#bars .wait, .row .wait { background: color-mix(in srgb, currentColor 35%, var(--paper)); }
+.row i { display: inline-block; width: 0.75rem; height: 0.75rem; margin-right: 0.375rem; }
+#bars li, .row i { color: var(--accent); }
+#bars :is(.cancelled, .refused), .WARNING b { color: var(--warn); }
+#bars .failed, :is(.ERROR, .CRITICAL) b { color: var(--bad); }
+#log { height: clamp(12rem, 100dvh - 32rem, 24rem); overflow: auto; }
+#log :is(p, summary, small) { font: inherit; }
+#log summary { display: flex; gap: 0.75rem; color: var(--ink); white-space: nowrap; }
+#log span { overflow: hidden; text-overflow: ellipsis; }
+@media (max-width: 44rem) { #form small { display: none; } }
+@media (min-width: 68rem) {
+  main { grid-template-columns: minmax(0, 1fr) 26rem; gap: 5rem; }
+  aside { position: sticky; top: 2rem; align-self: start; }
 }
 """
-PAGE_SCRIPT = """
+PAGE_SCRIPT = r"""
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((it) => [it.id, it]));
-const LOST = "The service cannot be reached.";
-const CUT = "The answer broke off on its way; this is not all of it.";
-const LOCKED = "The log wants the operator's token: ADMIN_TOKEN, else API_TOKEN, where one is set.";
-const MARKS = { "ask finished": "✓", "ask cancelled": "■", "ask failed": "✕" };
-// The tab's own storage, which a browser may refuse; the path tells services of one host apart.
-const store = (() => { try { return sessionStorage; } catch { return {}; } })();
-const slot = (field) => `${location.pathname} ${field.id}`;
-const token = (field, other) => store[slot(field)] || store[slot(other)] || "";
-const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
-const clock = (timestamp) => new Date(timestamp).toLocaleTimeString("en-GB");
+const NEWLINE = String.fromCharCode(10);
+const MARKS = { active: "…", finished: "✓", cancelled: "■", failed: "✕", refused: "○" };
+const SAID = { active: "Answering…", finished: "Done.", cancelled: "Stopped.", failed: "Failed." };
+const TOLD = { // what a failure is told as; every other code has the service's own sentence
+  not_configured: "There is no key for the model yet. Write `OPENAI_API_KEY=sk-…` into `.env` " +
+    "(or `OPENAI_API_KEY=demo`, to try it without one), and start the service again.",
+  unauthorized: "This service wants a valid token. It is kept in this tab only.",
+  body_too_large: "This conversation is too long to send. Begin a new one.",
+  upstream_auth: "The model’s provider did not accept the service’s key: check `OPENAI_API_KEY`.",
+  unreachable: "The service cannot be reached. Is it still running?",
+  broken: "The answer broke off. What you see is not all of it.",
+};
+const store = (() => { try { return sessionStorage; } catch { return {}; } })(); // of this tab
+const token = (use) => store[use] || store.ask || store.log || "";
+const seconds = (ms) => (ms == null ? "" : `${(ms / 1000).toFixed(2)} s`);
+const tokens = (number) => (number == null ? "" : `${number.toLocaleString("en")} tokens`);
+const clock = (time) => new Date(time).toLocaleTimeString("en-GB");
+const joined = (...facts) => facts.filter(Boolean).join(" · ");
+const facts = (it) => joined(it.code, it.model, seconds(it.duration_ms), tokens(it.tokens_used));
+const asks = new Map(); // by request id: the turns of this page, and what the log tells of others
+let keyless = false; // as the log tells of the last start
 let stopper = null; // of the ask under way
-let refused = null; // the token that did not open the log
-let shown = ""; // of the log: a selection in it outlives a refresh that brings nothing new
-
-function make(tag, className, ...children) {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.append(...children); // a string becomes text, never HTML
+let locked = null; // the token that opened no log
+/** An element, `tag.class`; what of its *children* is a string becomes text, never HTML. */
+function make(kind, children = [], properties = {}) {
+  const [tag, className = ""] = kind.split(".");
+  const made = Object.assign(document.createElement(tag), { className }, properties);
+  made.append(...[children].flat());
   return made;
 }
-
+const button = (name, onclick) => make("button", name, { type: "button", onclick });
+const copier = (name, text) => button(name, ({ target }) => copy(text(), target));
 function say(element, text, bad = false) {
-  element.className = bad ? "bad" : "";
-  if (element.textContent !== text) element.textContent = text; // else it is read out again
+  if (element.said === text) return; // else it is read out again
+  element.replaceChildren(...inline(text));
+  element.said = text;
+  element.classList.toggle("bad", bad);
+}
+/** Makes *nodes* the children of *parent* without touching any that stays as it is. */
+function sync(parent, nodes) {
+  const at = (place) => parent.children[place];
+  const kept = nodes.map((node, place) => (at(place)?.isEqualNode(node) ? at(place) : node));
+  [...parent.children].filter((old) => !kept.includes(old)).forEach((old) => old.remove());
+  kept.forEach((node, place) => node.parentNode || parent.insertBefore(node, at(place) ?? null));
 }
 
-/** Shows what is known of *figures*, under the names that the API gives them. */
-function showFigures(list, figures) {
-  const known = Object.entries(figures).filter(([, value]) => value != null);
-  list.replaceChildren(...known.map(([name, value]) => make("div", "",
-    make("dt", "", name.replaceAll("_", " ")), make("dd", "", value.toLocaleString("en")))));
+// A small part of Markdown: each line is of the first of these kinds that it looks like.
+const KINDS = { pre: /^ *```/, h4: /^#+ /, ul: /^ *[-*+] /, ol: /^ *[0-9]+[.)] /, p: /(?=[^ ])/ };
+const kindOf = (line) => Object.keys(KINDS).find((kind) => KINDS[kind].test(line));
+const inline = (text) => text.split(/`([^`]+)`|[*][*](.+?)[*][*]/).map((part = "", at) => (
+  at % 3 === 0 || !part ? part : at % 3 === 1 ? make("code", part) : make("b", inline(part))));
+function blocks([first, ...rest]) {
+  if (first === undefined) return [];
+  const [kind, fenced] = [kindOf(first), kindOf(first) === "pre"];
+  const end = rest.findIndex((line) => fenced === (kindOf(line) === kind));
+  const own = [first, ...rest.splice(0, end < 0 ? rest.length : end)]; // which leaves the others
+  const bare = (line) => inline(line.replace(KINDS[kind], ""));
+  const item = (line) => make("li", bare(line), { value: parseInt(line) || 1 });
+  const inside = fenced ? make("code", own.slice(1).join(NEWLINE))
+    : /ul|ol/.test(kind) ? own.map(item) : bare(own.join(NEWLINE));
+  const made = kind ? [make(kind, inside, fenced ? { tabIndex: 0 } : {})] : [];
+  return [...made, ...blocks(fenced ? rest.slice(1) : rest)];
 }
-
-async function call(path, secret, options = { signal: AbortSignal.timeout(10000) }) {
-  const headers = { "Content-Type": "application/json" };
-  if (secret) headers.Authorization = `Bearer ${secret}`;
-  const response = await fetch(path, { cache: "no-store", headers, ...options });
+const headers = (secret, more) => ({ "Content-Type": "application/json", ...more,
+  ...(secret && { Authorization: `Bearer ${secret}` }) });
+async function call(path, options) {
+  const response = await fetch(path, { signal: AbortSignal.timeout(10000), ...options });
   if (response.ok) return response;
-  const problem = await response.json().catch(() => ({})); // it may be a proxy's page
-  const sentence = problem.detail ?? `The service answered with the status ${response.status}.`;
-  const retry_after = response.headers.get("Retry-After");
-  throw Object.assign(new Error(sentence), { retry_after, ...problem });
+  const problem = await response.json().catch(() => null); // a proxy's page
+  throw Object.assign(new Error(problem?.detail), problem, { status: response.status,
+    retry_after: response.headers.get("Retry-After") });
 }
-
-/** The `done` event of a stream, whose pieces go to *show*; throws where it ends otherwise. */
-async function follow(response, show) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+const read = async (path, use) => (await call(path, { headers: headers(token(use)) })).json();
+async function follow(response, take) {
   let rest = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    const lines = (rest + part.value).split(String.fromCharCode(10));
+  const write = (text) => {
+    const lines = (rest + text).split(NEWLINE);
     rest = lines.pop();
-    for (const line of lines.filter((each) => each.startsWith("data: {"))) {
-      const event = JSON.parse(line.slice(6));
-      if (event.type === "done") return event;
-      if (event.type === "error") throw Object.assign(new Error(event.error), event);
-      show(event);
-    }
-  }
-  throw new Error(CUT);
-}
-
-async function ask() {
-  if (stopper) return;
-  stopper = new AbortController();
-  const began = performance.now();
-  const since = () => seconds(performance.now() - began);
-  const body = JSON.stringify({ prompt: page.prompt.value, stream: true });
-  const options = { method: "POST", body, signal: stopper.signal };
-  let first, end;
-  const show = ({ type, content }) => {
-    first ??= since();
-    say(page.state, "Answering…");
-    (type === "reasoning" ? page.thoughts : page.answer).append(content);
-    page.reasoning.hidden = !page.thoughts.firstChild;
+    for (const line of lines) if (line.startsWith("data: {")) take(JSON.parse(line.slice(6)));
   };
-  for (const each of [page.thoughts, page.answer, page.cost]) each.replaceChildren();
-  page.reasoning.hidden = true;
-  say(page.state, "Waiting for the first piece…");
-  setBusy(true);
+  await response.body.pipeThrough(new TextDecoderStream()).pipeTo(new WritableStream({ write }));
+}
+async function ask(prompt) {
+  if (stopper) return;
+  if (matchMedia("(hover: hover)").matches) page.prompt.focus(); // a phone's keys hide the answer
+  if (!prompt.trim()) return say(page.state, "Write a question first.", true);
+  const [turn, began] = [addTurn(prompt), performance.now()];
+  const tick = () => { turn.duration_ms = performance.now() - began; show(turn); };
+  const ticking = setInterval(tick, 50);
+  stopper = new AbortController();
+  page.ask.ariaDisabled = page.form.ariaBusy = "true"; // `disabled` would lose the focus
+  if (page.prompt.value === prompt) page.prompt.value = "";
   try {
-    end = await follow(await call("ask", token(page.askToken, page.logToken), options), show);
-    say(page.state, end.finish_reason === "length" ? "Ended early." : "Finished.");
+    const response = await call("ask", { method: "POST", body: JSON.stringify(turn.body),
+      headers: headers(token("ask"), { "X-Request-ID": turn.id }), signal: stopper.signal });
+    await follow(response, (event) => {
+      if (event.type === "error") throw Object.assign(new Error(event.error), event);
+      if (event.type === "done") return Object.assign(turn, event);
+      turn.first_token_ms ??= performance.now() - began;
+      turn[event.type] += event.content;
+    });
+    if (turn.type !== "done") throw new TypeError("The stream ended without its end.");
+    turn.state = "finished";
   } catch (failure) {
-    end = failure;
-    const known = { AbortError: "Stopped.", TypeError: first ? CUT : LOST }[end.name];
-    const fields = (end.errors ?? []).map(({ field, detail }) => `${field}: ${detail}.`);
-    say(page.state, [known ?? end.message, ...fields].join(" "), end.name !== "AbortError");
+    turn.state = failure.name === "AbortError" ? "cancelled" : "failed";
+    if (turn.state === "failed") showFailure(turn, failure);
   }
-  setBusy(false);
-  stopper = null;
-  page.askWants.hidden = end.code !== "unauthorized";
-  if (end.code === "unauthorized") page.askToken.focus();
-  const { type, title, detail, error, errors, usage, ...told } = end;
-  showFigures(page.cost, { first_piece: first, in_all: since(), ...told, ...usage });
+  clearInterval(ticking);
+  stopper = page.ask.ariaDisabled = page.form.ariaBusy = null;
+  tick();
+}
+function addTurn(prompt) {
+  // What is no number goes along as it is, and the service says what is wrong with it.
+  const typed = ({ value }) => (value && Number(value) >= 0 ? Number(value) : value || undefined);
+  const said = [...asks.values()].filter((it) => it.delta && it.element.isConnected);
+  const history = said.slice(-500).flatMap(({ body, delta }) => (
+    [{ role: "user", content: body.prompt }, { role: "assistant", content: delta }]));
+  const body = { model: page.model.value || undefined, temperature: typed(page.temperature),
+    max_tokens: typed(page.max_tokens), ...(history.length && { history }), prompt };
+  const turn = { id: `page-${Math.random().toString(36).slice(2)}`, timestamp: Date.now(), body,
+    delta: "", reasoning: "", state: "active", answer: make("div.answer"), cost: make("p.quiet"),
+    thoughts: make("p", [], { tabIndex: 0 }) };
+  const take = [copier("Copy", () => turn.delta), make("span.quiet", "Copy as"),
+    ...Object.entries(SNIPPETS).map(([name, of]) => copier(name, () => of(body)))];
+  const aside = make("details", [make("summary", "Reasoning"), turn.thoughts], { open: true });
+  turn.foot = make("footer", [turn.cost, make("p.row", take)]);
+  turn.element = make("article", [make("h3", prompt), aside, turn.answer, turn.foot]);
+  page.turns.append(turn.element);
+  asks.set(turn.id, turn);
+  return turn;
+}
+/** Shows what *turn* has so far, and keeps its end in sight where it was. */
+function show(turn) {
+  const { first_token_ms: first, duration_ms: end, state, usage, ignored } = turn;
+  const rate = (usage?.completion_tokens / (end - first)) * 1000;
+  turn.cost.textContent = joined(first && `${seconds(first)} to the first piece`,
+    `${seconds(end)} in all`, tokens(turn.tokens_used), rate && `${rate.toFixed()} tokens/s`,
+    state === "cancelled" ? "stopped" : turn.finish_reason, ignored && `without ${ignored}`);
+  turn.element.className = state;
+  turn.thoughts.textContent = turn.reasoning;
+  sync(turn.answer, blocks(turn.delta.split(NEWLINE)));
+  drawBars();
+  const waiting = state === "active" && !first && "Waiting for the first piece…";
+  say(page.state, waiting || SAID[state], state === "failed");
+  const below = page.turns.getBoundingClientRect().bottom + page.form.offsetHeight - innerHeight;
+  if (below > 0 && (end < 100 || below < 100)) scrollBy({ top: below, behavior: "instant" });
+}
+function showFailure(turn, failure) {
+  const { code = "unreachable", status, request_id: id, retry_after: wait, errors = [] } = failure;
+  let sentence = TOLD[turn.delta ? "broken" : code] ?? failure.message;
+  if (wait > 0 && wait < 3600 && !sentence.includes(wait)) sentence += ` Ask again in ${wait} s.`;
+  const told = [sentence, ...errors.map(({ field, detail }) => "`" + field + "`: " + detail)];
+  const again = () => { turn.element.remove(); ask(turn.body.prompt); };
+  const next = code === "unauthorized" ? tokenForm("ask", again) : button("Ask again", again);
+  const technical = [make("code", joined(code, status, id)), id ? copier("Copy id", () => id) : ""];
+  const parts = [...told.map((each) => make("p", inline(each))), next, make("p.row", technical)];
+  turn.foot.before(make("div.failure", parts, { role: "alert" }));
+  next.querySelector("input")?.focus();
+}
+function tokenForm(use, then) {
+  const text = make("input", [], { autocomplete: "off", required: true, pattern: " *[!-~]+ *" });
+  const onsubmit = () => { store[use] = text.value.trim(); showModels().then(then); return false; };
+  return make("form.row", [make("label", ["Token", text]), make("button", "Go on")], { onsubmit });
 }
 
-function setBusy(busy) {
-  page.form.ariaBusy = page.ask.ariaDisabled = busy; // `disabled` would lose the focus
-  page.stop.ariaDisabled = !busy;
-}
+// What was asked, for others to run. A token stays here.
+const json = (value) => JSON.stringify(value, null, 2);
+const address = (path) => JSON.stringify(new URL(path, document.baseURI));
+const sent = () => headers(token("ask") && "YOUR_TOKEN", { Accept: "text/plain" });
+const SNIPPETS = {
+  curl: (body) => `curl -N ${address("ask")} ${Object.entries(sent()).map(([name, value]) => (
+    `-H '${name}: ${value}' `)).join("")}-d '${json(body).replaceAll("'", `'"'"'`)}'`,
+  Python: ({ prompt, history = [], ...rest }) => `from openai import OpenAI
 
+client = OpenAI(base_url=${address("v1")}, api_key="${token("ask") ? "YOUR_TOKEN" : "none"}")
+request = ${json({ ...rest, messages: [...history, { role: "user", content: prompt }] })}
+for chunk in client.chat.completions.create(stream=True, **request):
+    for choice in chunk.choices:
+        print(choice.delta.content or "", end="", flush=True)`,
+  fetch: (body) => `const headers = ${json(sent())};
+const body = JSON.stringify(${json(body)});
+const response = await fetch(${address("ask")}, { method: "POST", headers, body });
+if (!response.ok) throw new Error((await response.json()).detail);
+const show = new WritableStream({ write: (piece) => console.log(piece) });
+await response.body.pipeThrough(new TextDecoderStream()).pipeTo(show);`,
+};
+function copy(text, from) {
+  document.oncopy = ({ clipboardData: to }) => { to.setData("text/plain", text); return false; };
+  const copied = document.execCommand("copy"); // navigator.clipboard wants https
+  document.oncopy = null;
+  say(page.state, copied ? "Copied." : "This browser lets no page copy.", !copied);
+  if (copied) from.animate({ opacity: [0, 1] }, 600);
+}
 async function showStatus() {
-  try {
-    const { model, version, tokens_used, ...status } = await (await call("status")).json();
-    const { total: asks, ...counts } = status.asks;
-    const [demo, connected] = [model === "demo", status.openai_connected];
-    const state = connected ? "Connected" : "No connection to the model, or its key is not valid";
-    say(page.health, demo ? "Demo model, not OpenAI" : state, !demo && !connected);
-    page.hints.hidden = !demo;
-    const up_for = `${Math.floor(status.uptime_seconds / 60).toLocaleString("en")} min`;
-    showFigures(page.status, { model, asks, ...counts, tokens_used, version, up_for });
-  } catch {
-    say(page.health, `${LOST} Trying again…`, true);
-  }
+  const { model, openai_connected } = await read("status").catch(() => ({}));
+  const [demo, fine] = [model === "demo", model === "demo" || openai_connected];
+  const state = fine ? "connected" : keyless ? "no key yet" : "not connected";
+  say(page.health, demo ? "Demo model, offline" : model ? joined(model, state)
+    : "Service not reachable, trying again…", !fine);
+  page.hints.style.visibility = demo ? "visible" : "hidden";
+  if (state === "no key yet") say(page.intro, TOLD.not_configured);
 }
-
+async function showModels() {
+  const { data = [] } = await read("v1/models", "ask").catch(() => ({}));
+  page.model.replaceChildren(...data.map(({ id }) => make("option", id)));
+}
 async function showLog() {
-  const [level, secret] = [page.level.value, token(page.logToken, page.askToken)];
-  if (secret === refused) return;
-  const read = async (query) => (await call(`logs?${query}`, secret)).json();
+  if (token("log") === locked) return;
   try {
-    const newest = await read("limit=300");
-    const events = level ? await read(`limit=100&level=${level}`) : newest.slice(-100);
-    refused = null;
-    page.logWants.hidden = true;
-    say(page.note, events.length ? "" : "No such events.");
-    showEvents(events, newest.filter(({ message }) => message in MARKS).slice(-24));
+    const events = await read("logs?limit=500", "log");
+    page.wanted.replaceChildren();
+    locked = null;
+    events.forEach(noteAsk);
+    drawBars();
+    if (page.pause.ariaPressed === "true") return;
+    const [level, word] = [`"level":"${page.level.value}`, page.word.value.trim().toLowerCase()];
+    const found = events.map((event) => JSON.stringify(event)).filter((text) => (
+      text.includes(level) && text.toLowerCase().includes(word))).slice(-100).reverse();
+    const shown = new Map([...page.log.children].map((line) => [line.text, line]));
+    sync(page.log, found.map((text) => shown.get(text) ?? logLine(text)));
+    say(page.note, found.length ? "" : "No such events.");
   } catch (failure) {
-    if (failure.code !== "unauthorized") return say(page.note, "Trying to read it again…");
-    refused = secret;
-    page.logWants.hidden = false;
-    say(page.note, LOCKED);
-    showEvents([], []);
+    if (failure.code !== "unauthorized") return;
+    locked = token("log");
+    say(page.note, "The log wants the operator’s token: `ADMIN_TOKEN`, or else `API_TOKEN`.");
+    page.wanted.replaceChildren(tokenForm("log", showLog));
   }
 }
-
-function showEvents(events, asks) {
-  const text = JSON.stringify([events, asks]);
-  if (text === shown) return;
-  shown = text;
-  const scale = Math.ceil(Math.max(1, ...asks.map((each) => each.metadata.duration_ms)) / 1000);
-  page.chart.hidden = !asks.length;
-  page.axis.replaceChildren(...[0, scale / 2, scale].map((at) => make("span", "", `${at} s`)));
-  page.bars.replaceChildren(...asks.map((each) => bar(each, scale * 10)).reverse());
-  page.log.replaceChildren(...events.map(logLine).reverse());
+function logLine(text) {
+  const { timestamp, level, message, metadata } = JSON.parse(text);
+  const about = make("span", [`${message} `, make("small", facts(metadata ?? {}))]);
+  const summary = make("summary", [make("time", clock(timestamp)), make("b", level), about]);
+  const rest = make("p", json({ timestamp, message, ...metadata }));
+  return make(`li.${level}`, make("details", [summary, rest]), { text });
 }
-
-function logLine({ timestamp, level, message, metadata }) {
-  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-  const facts = Object.entries(metadata ?? {}).map(([key, value]) => `${key}=${text(value)}`);
-  const words = make("p", "", message, "  ", make("span", "", facts.join("  ")));
-  const line = make("li", level, make("time", "", clock(timestamp)), make("b", "", level), words);
-  line.title = timestamp;
-  return line;
+function noteAsk({ timestamp, message, metadata }) {
+  if (/^(listening|no OPENAI_API_KEY)/.test(message)) keyless = message !== "listening";
+  const [state, id] = [message.replace("ask ", ""), metadata?.request_id];
+  if (MARKS[state]) asks.set(id, Object.assign(asks.get(id) ?? {}, metadata, { state, timestamp }));
 }
-
-function bar({ timestamp, message, metadata }, percent) {
-  const { duration_ms: end, first_token_ms: first = end, code, model, tokens_used } = metadata;
-  const [mark, wait, rest] = [make("b", "", MARKS[message]), make("i", ""), make("b", "")];
-  [mark.role, mark.ariaLabel] = ["img", message];
-  wait.style.width = `${first / percent}%`;
-  rest.style.width = `${(end - first) / percent}%`;
-  const figures = ["first_token_ms" in metadata ? seconds(first) : "—", seconds(end)];
-  const cells = [[mark, " ", clock(timestamp)], [wait, rest], ...figures.map((each) => [each])];
-  const row = make("tr", message, ...cells.map((cell) => make("td", "", ...cell)));
-  const tokens = tokens_used != null && `${tokens_used} tokens`;
-  row.title = [message, code, model, tokens].filter(Boolean).join(", ");
-  return row;
+const drawBars = () => sync(page.bars, [...asks.values()].slice(-24).map(bar));
+function bar(it) {
+  const { state, timestamp, first_token_ms: first, duration_ms: end = 0 } = it;
+  // Each third of the height is ten times the time, so that a slow one leaves the others be.
+  const tall = (ms) => ({ style: `height: ${Math.max(2, Math.log10(ms / 100) * 33.3)}%` });
+  const title = joined(clock(timestamp), state, first && `${seconds(first)} to begin`, facts(it));
+  const parts = make("div", [make("i", [], tall(end)), make("i.wait", [], tall(first ?? end))]);
+  return make(`li.${state}`, [make("span.sr", title), make("b", MARKS[state]), parts], { title });
 }
-
-async function watch(show) {
-  if (!document.hidden) await show();
-  setTimeout(watch, 2000, show);
+async function poll() {
+  if (!document.hidden) { await showLog(); await showStatus(); }
+  setTimeout(poll, 2000);
 }
-
-for (const field of [page.askToken, page.logToken]) {
-  field.value = store[slot(field)] ?? "";
-  field.onchange = () => { if (field.reportValidity()) store[slot(field)] = field.value.trim(); };
-}
-for (const each of page.hints.children) {
-  each.onclick = () => { page.prompt.value = each.textContent; page.prompt.focus(); };
-}
-page.form.onsubmit = (event) => { event.preventDefault(); ask(); };
+page.hints.onclick = ({ target }) => target.type === "button" && ask(target.textContent);
+page.form.onsubmit = () => { ask(page.prompt.value); return false; };
 page.stop.onclick = () => stopper?.abort();
-page.level.onchange = showLog;
+page.anew.onclick = () => { stopper?.abort(); page.turns.replaceChildren(); page.prompt.focus(); };
+page.level.onchange = page.word.oninput = showLog;
+page.pause.onclick = ({ target }) => { target.ariaPressed = target.ariaPressed !== "true"; };
 document.onkeydown = ({ key, ctrlKey, metaKey, target }) => {
   if (key === "Escape") stopper?.abort();
-  if (key === "Enter" && (ctrlKey || metaKey) && target === page.prompt) page.form.requestSubmit();
+  if (key === "Enter" && (ctrlKey || metaKey) && page.form.contains(target)) ask(page.prompt.value);
 };
-watch(showStatus);
-watch(showLog);
+showModels();
+poll();
 """
-PAGE = """<!doctype html>
+PAGE = r"""
+<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>OpenAI back end</title><link rel="icon" href="data:,"><style>$style</style>
-<header><h1>OpenAI back end</h1><p id="health" role="status">Looking for the service…</p>
+<header><h1>OpenAI back end</h1>
 <nav aria-label="Documentation"><a href="docs">Swagger UI</a><a href="redoc">ReDoc</a></nav>
-<dl id="status" aria-label="Status"></dl></header>
-<main>
-<form id="form"><h2><label for="prompt">Ask the model</label></h2>
-<textarea id="prompt" required placeholder="Say hello in three languages."></textarea>
-<p id="hints" hidden>It can vary or fail: <button type="button">/reason</button>
+<p id="health" role="status">Looking for the service…</p></header><main>
+<section aria-labelledby="title"><div class="head"><h2 id="title">Ask the model</h2>
+<button id="anew" type="button">New conversation</button></div>
+<p id="intro">Ask something, then take the request with you as curl, Python or fetch.</p>
+<div id="turns"></div><form id="form"><div id="box">
+<label class="sr" for="prompt">Your question</label>
+<textarea id="prompt" rows="2" placeholder="Say hello in three languages."></textarea>
+<div class="row"><details id="options"><summary>Options</summary><div class="row">
+<label>temperature <input id="temperature" inputmode="decimal" placeholder="0 to 2"></label>
+<label>max_tokens <input id="max_tokens" inputmode="numeric" placeholder="no bound"></label></div>
+</details><select id="model" aria-label="Model"></select>
+<button id="stop" type="button">Stop</button><button id="ask">Ask</button></div></div>
+<div class="row"><p id="state" role="status"></p><small>Ctrl/⌘ Enter asks, Esc stops</small></div>
+</form><p id="hints">The demo model can do this too: <button type="button">/reason</button>
 <button type="button">/long</button> <button type="button">/slow</button>
 <button type="button">/empty</button> <button type="button">/cut</button>
-<button type="button">/error 429</button></p>
-<label id="askWants" hidden>A token for asks, kept in this tab only
-<input id="askToken" autocomplete="off" spellcheck="false" pattern=" *[!-~]* *"></label>
-<p id="buttons"><button id="ask">Ask</button>
-<button id="stop" type="button" aria-disabled="true">Stop</button>
-<small>Ctrl or ⌘ Enter asks, Esc stops</small></p>
-<p id="state" role="status"></p>
-<details id="reasoning" open hidden><summary>Reasoning</summary><p id="thoughts"></p></details>
-<p id="answer"></p>
-<dl id="cost" aria-label="Time and cost"></dl></form>
-<section><h2>Last asks</h2>
-<div id="chart" hidden><p>A line to the first piece, then a bar to the end;
-<span>✓ finished</span>, <span>■ cancelled</span>, <span>✕ failed</span></p>
-<table aria-label="Last asks, newest first">
-<tr><th>Ended<th><div id="axis"></div><th>First<th>In all<tbody id="bars"></table></div>
-<p>Each ask that the log tells of is drawn here.</p></section>
-<section><h2><label for="level">Log</label><select id="level"><option value="">All levels
-<option>DEBUG<option>INFO<option>WARNING<option>ERROR<option>CRITICAL</select></h2>
-<p id="note" role="status"></p>
-<label id="logWants" hidden>The operator's token, kept in this tab only
-<input id="logToken" autocomplete="off" spellcheck="false" pattern=" *[!-~]* *"></label>
-<ol id="log" tabindex="0" aria-label="Newest events first"></ol></section>
-</main>
+<button type="button">/error 429</button></p></section>
+<aside><section aria-labelledby="asks"><div class="head"><h2 id="asks">Last asks</h2></div>
+<div id="chart"><i>100 s</i><i>10 s</i><i>1 s</i><ol id="bars" aria-labelledby="asks"></ol></div>
+<p class="row"><span><i class="wait"></i>to the first piece</span><span><i></i>to the end</span>
+<span>✓ finished</span><span>■ stopped</span><span>✕ failed</span><span>○ refused</span></p>
+</section><section aria-labelledby="events"><div class="head"><h2 id="events">Log</h2>
+<input id="word" type="search" aria-label="Only events with this word" placeholder="Filter">
+<select id="level" aria-label="Level"><option value="">All levels
+<option>DEBUG<option>INFO<option>WARNING<option>ERROR<option>CRITICAL</select>
+<button id="pause" type="button" aria-pressed="false">Pause</button></div>
+<p id="note" role="status"></p><div id="wanted"></div>
+<ol id="log" tabindex="0" aria-label="Log, newest first"></ol></section></aside></main>
 <script>$script</script>
 """
 
@@ -3221,91 +4115,90 @@ def page() -> Response:
 
 
 def create_http_client(settings: Settings) -> httpx2.AsyncClient:
-    """The HTTP client of AsyncOpenAI: over aiohttp, or on the demo model."""
+    """What carries AsyncOpenAI's requests: aiohttp, or the demo model."""
+    hooks = {"response": [raise_refusal]}
     if settings.demo:
-        http_client = httpx2.AsyncClient(transport=DemoTransport())
-    else:
-        limits = httpx2.Limits(
-            max_connections=settings.max_concurrent_asks + 100,
-            max_keepalive_connections=settings.max_concurrent_asks,
-            keepalive_expiry=60,
-        )
-        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-        http_client = DefaultAioHttpClient(
-            # StallTimeout sees to that; here it would take a timer for each read, 5 % of a chunk.
-            timeout=None,
-            limits=limits,
-            follow_redirects=False,
-            cookies=no_cookies,
-        )
-
-    async def forget_cookies(response: httpx2.Response) -> None:
-        # aiohttp has a jar of its own, which nothing public reaches.
-        for transport in (http_client._transport, *http_client._mounts.values()):
-            if session := getattr(transport, "client", None):
-                session.cookie_jar.clear()
-
-    http_client.event_hooks = {"response": [forget_cookies, raise_refusal]}
-    return http_client
+        return httpx2.AsyncClient(transport=DemoTransport(), event_hooks=hooks)
+    places = settings.max_concurrent_asks
+    return DefaultAioHttpClient(
+        timeout=None,
+        limits=httpx2.Limits(
+            max_connections=places + 100, max_keepalive_connections=places, keepalive_expiry=60
+        ),
+        follow_redirects=False,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        event_hooks=hooks,
+    )
 
 
 def raise_file_limit(asks: int) -> None:
     """Allow the files of so many *asks*: each takes two, and 1,024 is the usual limit."""
-    if sys.platform == "win32":
-        return
-    import resource
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # Windows has none, and no such limit
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * asks + 200
-    unlimited = resource.RLIM_INFINITY
-    if soft == unlimited or soft >= wanted:
-        return
-    limit = wanted if hard == unlimited else min(wanted, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    except (OSError, ValueError):
-        limit = soft
-    if limit < wanted:
-        log.warning("too few files may be open", limit=limit, wanted=wanted, remedy="ulimit -n")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * asks + 200
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def log_start(settings: Settings) -> None:
+    """Say what an operator may not know: that no model answers, or only the demo model."""
+    if settings.demo:
+        log.warning("the demo model answers, not OpenAI", remedy="set OPENAI_API_KEY")
+    elif not settings.openai_api_key:
+        path = Path(".env").absolute()
+        found = "was read" if path.exists() else "was looked for, and is not there"
+        log.warning(
+            "no OPENAI_API_KEY: asks will get 503",
+            env_file=f"{path} {found}",
+            remedy="set it there",
+        )
 
 
 @asynccontextmanager
-async def lifespan(settings: Settings, events: EventLog | LogDatabase) -> AsyncIterator[AppState]:
+async def keeping(database: LogDatabase | None, budget: DailyBudget) -> AsyncIterator[None]:
+    """Keeps *database* and *budget* in step while the service runs."""
+    if database is None:
+        yield
+        return
+    await database.share(budget)  # what was used before a restart
+    keeper = asyncio.create_task(database.keep(budget))
+    try:
+        yield
+    finally:
+        keeper.cancel()
+        await asyncio.wait([keeper])
+        await database.close(budget)
+
+
+@asynccontextmanager
+async def lifespan(
+    settings: Settings, mask: Mask, ring: EventLog, database: LogDatabase | None
+) -> AsyncIterator[AppState]:
     """What the requests share, from start to stop."""
     # With Python's own, a body of many small lists would hold all others up for 0.4 s, not 0.1.
     gc.set_threshold(50_000, 20, 20)
     raise_file_limit(settings.max_concurrent_asks)
-    if settings.demo:
-        log.warning("the demo model answers, not OpenAI", remedy="set OPENAI_API_KEY")
-    async with create_http_client(settings) as http_client:
-        client = AsyncOpenAI(
-            # Without a key no ask gets as far as this; the client insists on one.
-            api_key=settings.openai_api_key or "none",
-            base_url=settings.openai_base_url,
-            http_client=http_client,
-            default_headers={
-                "Accept-Encoding": "identity",
-                "User-Agent": f"openai-backend/{VERSION}",
-            },
-        )
-        admission = Admission(settings)
+    log_start(settings)
+    admission = Admission(settings)
+    http_client = create_http_client(settings)
+    async with keeping(database, admission.budget), ModelClient(http_client, settings) as client:
         yield AppState(
             settings=settings,
-            events=events,
-            upstream=Upstream(client, http_client, settings),
+            mask=mask,
+            events=database or ring,
+            upstream=Upstream(client, settings),
             admission=admission,
             metrics=Metrics(),
-            ask_model=ask_model(settings),
-            chat_model=chat_model(settings),
+            models=request_models(settings),
             started=time.monotonic(),
         )
         # uvicorn has just cut what was left, and would be gone before it is closed and logged.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                while admission.asks["active"]:  # noqa: ASYNC110 - nothing else waits for this
-                    await asyncio.sleep(0.01)
-    if isinstance(events, LogDatabase):
-        events.close()
+        deadline = time.monotonic() + 1
+        while admission.asks["active"] and time.monotonic() < deadline:  # noqa: ASYNC110 - it alone
+            await asyncio.sleep(0.01)
 
 
 def create_app(settings: Settings) -> ASGIApp:
@@ -3313,57 +4206,104 @@ def create_app(settings: Settings) -> ASGIApp:
 
     Raises ConfigError where LOG_DATABASE cannot be used.
     """
-    ring = EventLog(settings.log_buffer_size, settings.secret)
+    mask, ring = Mask(settings), EventLog(settings.log_buffer_size)
     database = LogDatabase(settings.log_database, ring) if settings.log_database else None
-    configure_logging(settings.log_level, ring, *([database] if database else []))
-    warn = OriginWarning()
+    configure_logging(settings.log_level, mask, ring, *([database] if database else []))
     app = Starlette(
         routes=[
-            Route("/ask", AskEndpoint(ask), methods=["POST"]),
-            Route("/v1/chat/completions", AskEndpoint(chat_completions), methods=["POST"]),
+            Route("/ask", ask, methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/v1/models", list_models),
+            Route("/v1/models/{id:path}", retrieve_model),
             Route("/status", status),
             Route("/logs", logs),
             Route("/metrics", metrics),
             Route("/openapi.json", json_response(openapi(settings)), methods=["GET"]),
-            Route("/docs", SWAGGER_UI(), methods=["GET"]),
-            Route("/redoc", REDOC(), methods=["GET"]),
+            Route("/docs", swagger_ui(), methods=["GET"]),
+            Route("/redoc", redoc(), methods=["GET"]),
             Route("/", page(), methods=["GET"]),
         ],
-        middleware=[Middleware(HostOriginMiddleware, settings=settings, warn=warn)],
-        # A client that leaves during its request is no defect; nobody reads the answer then.
-        exception_handlers=dict.fromkeys(
-            (HTTPException, ClientDisconnect, Exception), error_response
-        ),
-        lifespan=lambda app: lifespan(settings, database or ring),
+        exception_handlers={HTTPException: error_response, Exception: error_response},
+        lifespan=lambda app: lifespan(settings, mask, ring, database),
     )
     app.router.redirect_slashes = False
-    # Around Starlette, whose handler for a 500 would stand outside of CORS as its middleware.
-    return RequestIDMiddleware(LoggingCORSMiddleware(app, settings.cors_origins, warn))
+    # Around Starlette, whose handler for a 500 would stand outside of its own middleware.
+    return RequestMiddleware(GateMiddleware(app, settings))
 
 
-class HTTPProtocol(HttpToolsProtocol):
-    """Reads a request that wants another protocol as HTTP/1.1 (RFC 9110, section 7.8).
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's own, with a bound on heads and trailers, right where it is odd."""
 
-    httptools would lose its body (uvicorn#2722); Java's HttpClient and `curl --http2` send such.
-    """
-
-    UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
-    in_body = False
+    # Bytes since the parser last got on, and those of the head and trailers that it has read.
+    unparsed = head_bytes = 0
+    upgrading = False
+    # The request that is answered; `cycle` is the newest, which may wait behind it.
+    running: RequestResponseCycle | None = None
 
     def data_received(self, data: bytes) -> None:
-        if not self.in_body:
-            head, end, body = data.partition(b"\r\n\r\n")
-            data = self.UPGRADE.sub(b"", head + end) + body
-        super().data_received(data)
+        if self.cycle is None and b" HTTP/1.0\r\n" in data[:MAX_HEAD_BYTES]:
+            self.hand_over(data)
+        elif not self.upgrading:  # else this is the body of a request that was refused
+            self.unparsed += len(data)
+            super().data_received(data)
+            if self.unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("The head of the request is too large.")
+
+    def hand_over(self, data: bytes) -> None:
+        """To uvicorn's other protocol, since this one sends chunks to a client of HTTP/1.0."""
+        self.connections.discard(self)
+        protocol = H11Protocol(self.config, self.server_state, self.app_state)
+        protocol.connection_made(self.transport)
+        self.transport.set_protocol(protocol)
+        protocol.data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            super().send_400_response(msg)
+        else:  # behind the head of an answer, for its trailers
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self.head_bytes = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.head_bytes += len(name) + len(value) + 4
+        if self.head_bytes > MAX_HEAD_BYTES:
+            raise ValueError  # the parser's own error then, which is a 400
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self.in_body = True
+        names = {name for name, _ in self.headers}
+        has_body = not names.isdisjoint({b"content-length", b"transfer-encoding"})
+        # httptools has lost the body then (uvicorn#2722), and would take it for the next request.
+        self.upgrading = b"upgrade" in names and has_body
+        self.unparsed = 0
         super().on_headers_complete()
+        if not self.pipeline:
+            self.running = self.cycle
+        elif len(self.pipeline) < 8:  # else nothing tells that the client has left
+            self.flow.resume_reading()
+
+    def on_body(self, body: bytes) -> None:
+        self.unparsed = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.in_body = False
+        self.unparsed = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        waiting = self.pipeline[-1][0] if self.pipeline else None
+        super().on_response_complete()
+        self.running = waiting or self.running
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.running and not self.running.response_complete:
+            self.running.disconnected = True
+            self.running.message_event.set()
+        super().connection_lost(exc)
 
 
 def exit_with(message: object, code: int) -> NoReturn:
@@ -3381,38 +4321,36 @@ def configured_app() -> tuple[Settings, ASGIApp]:
         exit_with(exc, 2)
 
 
-def main() -> None:
-    settings, app = configured_app()
-    host, port = settings.api_host, settings.api_port
+def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
-        # uvloop does this by itself, asyncio would hold small writes back for 40 ms.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except (OSError, UnicodeError) as exc:
         exit_with(f"cannot listen on API_HOST={host} API_PORT={port}: {exc}", 1)
+    # uvloop does this by itself, asyncio would hold small writes back for 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def main() -> None:
+    settings, app = configured_app()
+    host = settings.api_host
+    listener = listen(host, settings.api_port)
     name = f"[{host}]" if ":" in host else host
     log.info("listening", url=f"http://{name}:{listener.getsockname()[1]}")
-    if not (is_loopback(host) or settings.api_token or settings.jwt_secret):
+    if not (is_loopback(host) or settings.wants_token):
         log.warning("anyone who can reach this address may ask", remedy="set API_TOKEN")
     config = uvicorn.Config(
         app,
-        http=HTTPProtocol,
+        http=BoundedProtocol,
         ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=30,
+        timeout_keep_alive=75,
     )
-
-    async def serve() -> None:
-        # Only now: an earlier interrupt ends the process without a word, but one that cuts asks
-        # must let that be logged.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        await uvicorn.Server(config).serve(sockets=[listener])
-
-    runner = asyncio.Runner(loop_factory=config.get_loop_factory())
-    with suppress(KeyboardInterrupt), runner:
-        runner.run(serve())
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 @cache
