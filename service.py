@@ -8,21 +8,11 @@
 
 Run it with `python service.py` or `uvicorn service:app`; .env.example lists every setting.
 
-The file reads from top to bottom; each room uses only those above it:
-
-    Settings       what the environment says
-    the log        Throttle, Mask, EventLog: structlog processors; a deque is what /logs reads
-    errors         ERRORS, Failure, and what the upstream says of its own (UpstreamError)
-    callers        tokens, RateLimiter, DailyBudget, Admission
-    requests       Ask, ChatCompletionRequest, ResponsesRequest -> ModelRequest
-    the upstream's answer    SSEDecoder, ChatFold, ResponsesFold
-    formats        how an answer looks to the client
-    Upstream       ModelClient (the one AsyncOpenAI), Tries, the probe
-    Metrics
-    Exchange       one answer, from its acceptance to its closing event
-    endpoints, middleware
-    LogDatabase, the demo model, OpenAPI, the page: a first reading may skip these
-    lifespan, create_app, main
+The file reads from top to bottom, each room using only those above it: Settings; the log;
+errors; callers; requests; the upstream's answer; formats, which is how it looks to the client;
+Upstream; Metrics; Exchange, which is one answer from its acceptance to its closing event;
+endpoints; middleware; then, for a second reading, LogDatabase, the demo model, OpenAPI and the
+page; last the lifespan, create_app and main.
 """
 
 import asyncio
@@ -140,21 +130,17 @@ Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 JsonObject = dict[str, JsonValue]
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 log: FilteringBoundLogger = structlog.get_logger()
 to_ascii_json = json.JSONEncoder().encode
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-
-
 # At these many readers split lines: Python's splitlines, httpx's and requests' iter_lines.
 ODD_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 
 def utf8_json(text: str) -> bytes:
-    r"""UTF-8 of JSON; `\u` escapes for what UTF-8 lacks and for what readers take for line ends.
-
-    The former are half surrogate pairs, the latter U+0085, U+2028 and U+2029.
-    """
+    r"""JSON in UTF-8, with `\u` escapes for half surrogate pairs and for ODD_LINE_ENDS."""
     if not text.isascii():
         text = ODD_LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return text.encode("utf-8", "backslashreplace")
@@ -185,21 +171,25 @@ def split(value: object) -> object:
     return tuple(item.strip() for item in value.split(",") if item.strip())
 
 
-def written_as(pattern: str) -> BeforeValidator:
-    """Strings that match *pattern*: int() and float() alone take `1_0`, `+5` and `1e3` too."""
-
-    def check(value: object) -> object:
-        if isinstance(value, str) and not re.fullmatch(pattern, value):
-            raise ValueError
-        return value
-
-    return BeforeValidator(check)
+def number(pattern: str, value: object) -> object:
+    """Only text that matches *pattern*: int() and float() take `1_0`, `+5` and `1e3` too."""
+    if isinstance(value, str) and not re.fullmatch(pattern, value):
+        raise ValueError
+    return value
 
 
 def long_secret(value: str) -> str:
     if len(value.encode()) < 32:
         raise ValueError
     return value
+
+
+def parse_url(value: str) -> httpx2.URL:
+    """Raises ValueError for what cannot be asked: too long, no name in the DNS' alphabet."""
+    try:
+        return httpx2.URL(value)
+    except httpx2.InvalidURL as exc:
+        raise ValueError from exc
 
 
 def http_url(value: str) -> str:
@@ -214,10 +204,7 @@ def http_url(value: str) -> str:
         or bad_address
     ):
         raise ValueError
-    try:
-        httpx2.URL(value)  # refuses what cannot be asked: too long, no name in the DNS' alphabet
-    except httpx2.InvalidURL as exc:
-        raise ValueError from exc
+    parse_url(value)
     return value.rstrip("/")
 
 
@@ -227,10 +214,7 @@ def browser_origin(value: str) -> str:
         return value
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,/@?#*]+", value):
         raise ValueError
-    try:
-        url = httpx2.URL(value.lower())
-    except httpx2.InvalidURL as exc:
-        raise ValueError from exc
+    url = parse_url(value.lower())
     netloc, ip = url.netloc.decode("ascii"), parse_ip(url.host)
     return f"{url.scheme}://{netloc.replace(url.host, str(ip)) if ip else netloc}"
 
@@ -248,79 +232,71 @@ def extra_body(value: object) -> object:
     return value
 
 
+def accepted(default: Any, what: str, *, hidden: bool = False, **bounds: Any) -> Any:
+    """A field that accepts *what*; a hidden one is or may hold a secret."""
+    return Field(default, description=what, repr=not hidden, **bounds)
+
+
 def whole(default: int | None, low: int, high: int) -> Any:
-    accepted = f"a whole number from {low} to {high}"
-    return Field(default, ge=low, le=high, description=accepted)
+    return accepted(default, f"a whole number from {low} to {high}", ge=low, le=high)
 
 
 def seconds(default: float, low: float) -> Any:
-    accepted = f"a number of seconds from {low:g} to 999999"
-    return Field(default, ge=low, le=999_999, allow_inf_nan=False, description=accepted)
+    what = f"a number of seconds from {low:g} to 999999"
+    return accepted(default, what, ge=low, le=999_999, allow_inf_nan=False)
 
 
-def secret(default: str = "", accepted: str = "made of visible ASCII characters only") -> Any:
-    return Field(default, pattern="^[!-~]*$", description=accepted, repr=False)
+def secret() -> Any:
+    what = "made of visible ASCII characters only"
+    return accepted("", what, hidden=True, pattern="^[!-~]*$")
 
 
-def accepted(default: Any, what: str, *, hidden: bool = False) -> Any:
-    return Field(default, description=what, repr=not hidden)
-
-
-Whole = Annotated[int, written_as("[0-9]{1,15}")]
-Seconds = Annotated[float, written_as(r"[0-9]{1,6}(\.[0-9]{1,6})?")]
+Items = Annotated[tuple[T, ...], BeforeValidator(split)]
+Whole = Annotated[int, BeforeValidator(partial(number, "[0-9]{1,15}"))]
+Seconds = Annotated[float, BeforeValidator(partial(number, r"[0-9]{1,6}(\.[0-9]{1,6})?"))]
 LevelName = Annotated[Level, BeforeValidator(lambda text: text.upper() if text.isascii() else text)]
 Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # no half surrogates
-Items = BeforeValidator(split)
+DefaultModel = Annotated[str, StringConstraints(pattern=r"^\P{C}+$", max_length=256)]
 ModelName = Annotated[str, StringConstraints(pattern="^[!-~]{1,256}$")]
+BaseURL = Annotated[str, AfterValidator(http_url)]
+ExtraBody = Annotated[JsonObject | None, BeforeValidator(extra_body)]
+Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:%-]{1,253}$")]
+Origin = Annotated[str, AfterValidator(browser_origin)]
 Host = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.-]{1,253}|\*)$", to_lower=True)]
+LongSecret = Annotated[str, AfterValidator(long_secret)]
 
 
 class Settings(BaseModel):
-    """What the environment says; each field is the variable of the same name in capitals.
-
-    The description of each says what it accepts; what is or may hold a secret has no repr.
-    """
+    """What the environment says; each field is the variable of the same name in capitals."""
 
     model_config = ConfigDict(frozen=True)
 
     openai_api_key: str = secret()
-    openai_model: Annotated[str, StringConstraints(pattern=r"^\P{C}+$", max_length=256)] = accepted(
-        "gpt-5.4-mini", "the name of a model"
-    )
-    openai_models: Annotated[tuple[ModelName, ...], Items] = accepted(
-        (), "names of models separated by commas"
-    )
-    openai_base_url: Annotated[str, AfterValidator(http_url)] = accepted(
+    openai_model: DefaultModel = accepted("gpt-5.4-mini", "the name of a model")
+    openai_models: Items[ModelName] = accepted((), "names of models separated by commas")
+    openai_base_url: BaseURL = accepted(
         "https://api.openai.com/v1", "an http:// or https:// URL without a password"
     )
     openai_timeout: Seconds = seconds(120, 0.001)
     openai_max_retries: Whole = whole(2, 0, 100)
-    openai_extra_body: Annotated[JsonObject | None, BeforeValidator(extra_body)] = accepted(
+    openai_extra_body: ExtraBody = accepted(
         None, f"a JSON object without {', '.join(sorted(OWN_FIELDS))}", hidden=True
     )
     system_prompt: Text = accepted("", "text in UTF-8", hidden=True)
     max_output_tokens: Whole | None = whole(None, 1, 1_000_000_000)
-    api_host: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:%-]{1,253}$")] = accepted(
-        "127.0.0.1", "a host name or an IP address"
-    )
+    api_host: Address = accepted("127.0.0.1", "a host name or an IP address")
     api_port: Whole = whole(8000, 0, 65535)
     max_concurrent_asks: Whole = whole(1000, 1, 1_000_000)
     max_body_bytes: Whole = whole(1_048_576, 1, 1_000_000_000)
     heartbeat_seconds: Seconds = seconds(15, 0.1)
     client_timeout: Seconds = seconds(60, 0.001)
-    cors_origins: Annotated[tuple[Annotated[str, AfterValidator(browser_origin)], ...], Items] = (
-        accepted(
-            ("http://localhost:4200", "http://localhost:4201"),
-            "origins such as https://app.example.com separated by commas, or *",
-        )
+    cors_origins: Items[Origin] = accepted(
+        ("http://localhost:4200", "http://localhost:4201"),
+        "origins such as https://app.example.com separated by commas, or *",
     )
-    allowed_hosts: Annotated[tuple[Host, ...], Items] = accepted(
-        (), "host names separated by commas, or *"
-    )
+    allowed_hosts: Items[Host] = accepted((), "host names separated by commas, or *")
     api_token: str = secret()
-    jwt_secret: Annotated[str, AfterValidator(long_secret)] = accepted(
-        "", "at least 32 bytes", hidden=True
-    )
+    jwt_secret: LongSecret = accepted("", "at least 32 bytes", hidden=True)
     jwt_audience: Text = accepted("", "text in UTF-8")
     admin_token: str = secret()
     rate_limit: Whole = whole(0, 0, 1_000_000)
@@ -332,24 +308,22 @@ class Settings(BaseModel):
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Settings from the variables in *env*; raises ConfigError, a line for every wrong one."""
-        given = {name: cls.written(env.get(name.upper(), "")) for name in cls.model_fields}
-        may_be_empty = {"cors_origins"} if "CORS_ORIGINS" in env else set()
+        known = {name.upper(): name for name in cls.model_fields}
+        # White space alone is not nothing, as a token least of all.
+        given = {
+            known[name]: value.strip() or value
+            for name, value in set_ones(env).items()
+            if name in known
+        }
         wrong = list(library_complaints(env))
         try:
-            settings = cls.model_validate(
-                {name: text for name, text in given.items() if text or name in may_be_empty}
-            )
+            settings = cls.model_validate(given)
         except ValidationError as exc:
             names = dict.fromkeys(str(error["loc"][0]) for error in exc.errors(include_url=False))
             wrong = [*(cls.complaint(name, given[name]) for name in names), *wrong]
         if wrong:
             raise ConfigError("\n".join(wrong))
         return settings
-
-    @classmethod
-    def written(cls, value: str) -> str:
-        """*value* without white space around it; nothing else is not nothing, a token least."""
-        return value.strip() or value
 
     @classmethod
     def complaint(cls, name: str, value: str) -> str:
@@ -374,13 +348,17 @@ class Settings(BaseModel):
 
     @property
     def is_openai(self) -> bool:
-        return bool(re.search(r"(^|\.)openai\.com$", urlsplit(self.openai_base_url).hostname or ""))
+        return self.api_domain == "openai.com"
 
     @property
     def token_field(self) -> str:
         """Where the model takes max_tokens: Ollama, for one, silently ignores the newer name."""
-        azure = re.search(r"(^|\.)azure\.com$", urlsplit(self.openai_base_url).hostname or "")
-        return "max_completion_tokens" if self.is_openai or azure else "max_tokens"
+        newer = self.api_domain in {"openai.com", "azure.com"}
+        return "max_completion_tokens" if newer else "max_tokens"
+
+    @property
+    def api_domain(self) -> str:
+        return ".".join((urlsplit(self.openai_base_url).hostname or "").split(".")[-2:])
 
 
 def library_complaints(env: Mapping[str, str]) -> Iterator[str]:
@@ -388,8 +366,8 @@ def library_complaints(env: Mapping[str, str]) -> Iterator[str]:
     proxies = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     for name in (*proxies, *map(str.lower, proxies)):
         proxy = env.get(name, "")
-        with suppress(httpx2.InvalidURL):
-            url = httpx2.URL(proxy if "://" in proxy else f"http://{proxy}")
+        with suppress(ValueError):
+            url = parse_url(proxy if "://" in proxy else f"http://{proxy}")
             if url.scheme in {"http", "https"} and 0 < (url.port or 1) < 65536:
                 continue
         yield f"{name}: its value is not the http:// or https:// URL of a proxy"
@@ -405,38 +383,38 @@ def library_complaints(env: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: its value does not match {pattern!a}"
 
 
-def read_env_file(path: Path) -> dict[str, str]:
-    """The variables in a `.env`, as they are written; raises ConfigError for what is no variable.
+def read_env_file() -> dict[str, str]:
+    """The variables in `.env`, as they are written; raises ConfigError for what is no variable.
 
     Not by dotenv_values, which passes over a line that it cannot parse, and expands `${x}`.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with open(".env", encoding="utf-8-sig") as file:
             bindings = list(parse_stream(file))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f".env cannot be read: {exc}") from exc
-    # A name alone is no assignment either, though python-dotenv takes it.
-    wrong = [each.original for each in bindings if each.error or (each.key and each.value is None)]
+    wrong = []
+    for each in bindings:
+        # A name alone is no assignment either, though python-dotenv takes it.
+        if each.error or (each.key and each.value is None):
+            # The text begins with the empty lines before it.
+            skipped = list(itertools.takewhile(str.isspace, each.original.string)).count("\n")
+            wrong.append(f".env: line {each.original.line + skipped} cannot be parsed")
     if wrong:
-        # The text of each begins with the empty lines before it.
-        blank = (re.match(r"\s*", each.string) for each in wrong)
-        lines = [
-            each.line + found[0].count("\n")
-            for each, found in zip(wrong, blank, strict=True)
-            if found
-        ]
-        raise ConfigError("\n".join(f".env: line {line} cannot be parsed" for line in lines))
+        raise ConfigError("\n".join(wrong))
     return {each.key: each.value for each in bindings if each.key and each.value is not None}
 
 
+def set_ones(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables that count as set: of the empty ones CORS_ORIGINS alone, which means none."""
+    return {name: value for name, value in env.items() if value or name == "CORS_ORIGINS"}
+
+
 def environment() -> dict[str, str]:
-    """The `.env` of the working directory under the real environment; empty is not set."""
-    set_ones = {
-        name: value for name, value in os.environ.items() if value or name == "CORS_ORIGINS"
-    }
-    return read_env_file(Path(".env")) | set_ones
+    """The `.env` of the working directory under the real environment."""
+    return read_env_file() | set_ones(os.environ)
 
 
 class LogEvent(TypedDict):
@@ -449,9 +427,9 @@ class LogEvent(TypedDict):
 
 
 class Throttle:
-    """A structlog processor that lets events pass which strangers cause, one a second and kind.
+    """Of the events that strangers cause, which name their kind, lets one a second and kind pass.
 
-    Such an event names its kind as `stranger`; the next one of it tells how many were left out.
+    The next one of it tells how many were left out.
     """
 
     def __init__(self) -> None:
@@ -472,15 +450,11 @@ class Throttle:
 
 
 class Mask:
-    """A structlog processor that masks secrets and cuts values to 2,000 characters."""
+    """Masks secrets and cuts values to 2,000 characters."""
 
     def __init__(self, settings: Settings) -> None:
-        own = (
-            settings.openai_api_key,
-            settings.api_token,
-            settings.admin_token,
-            settings.jwt_secret,
-        )
+        own = [settings.openai_api_key, settings.api_token]
+        own += [settings.admin_token, settings.jwt_secret]
         # A value so short that it may be any word cannot be hidden.
         known = (
             re.escape(value) for value in sorted(own, key=len, reverse=True) if len(value) >= 8
@@ -488,12 +462,9 @@ class Mask:
         self.pattern = re.compile("|".join([*known, KEY_SHAPED]))
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        head = {
-            "timestamp": event.pop("timestamp"),
-            "level": method.upper(),
-            "message": event.pop("event"),
-        }
-        return {key: self.value(value) for key, value in {**head, **event}.items()}
+        timestamp, message = event.pop("timestamp"), event.pop("event")
+        event = {"timestamp": timestamp, "level": method.upper(), "message": message, **event}
+        return {key: self.value(value) for key, value in event.items()}
 
     def text(self, text: str) -> str:
         masked = self.pattern.sub("***", text)
@@ -513,17 +484,13 @@ class Mask:
 
 
 def as_log_event(event: EventDict) -> LogEvent:
-    rest = {key: value for key, value in event.items() if key not in LogEvent.__annotations__}
-    return LogEvent(
-        timestamp=event["timestamp"],
-        level=event["level"],
-        message=event["message"],
-        metadata=rest or None,
-    )
+    rest = {**event}
+    timestamp, level, message = map(rest.pop, ("timestamp", "level", "message"))
+    return LogEvent(timestamp=timestamp, level=level, message=message, metadata=rest or None)
 
 
 class EventLog:
-    """The newest log events, as a structlog processor that lets them pass."""
+    """The newest log events."""
 
     def __init__(self, capacity: int) -> None:
         self.events: deque[EventDict] = deque(maxlen=capacity)
@@ -541,7 +508,7 @@ class EventLog:
 
 
 class StdoutLogger:
-    """Standard output, as structlog wants it; when that is gone, the ring still has the event."""
+    """Standard output; when that is gone, the ring still has the event."""
 
     def msg(self, line: str) -> None:
         if sys.stdout is not None:  # as under `>&-`
@@ -566,14 +533,16 @@ class StructlogHandler(logging.Handler):
         except Exception:
             self.handleError(record)  # the standard handlers' way with arguments that do not fit
             return
-        # `ask failed` or `ask cancelled` has told of both.
-        stopped = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
-        if stopped or message == CUT_ANSWER:
+        # What a stop cancels, or an answer cut short, `ask cancelled` or `ask failed` has told.
+        cancelled = (
+            record.name == "uvicorn.error" and "CancelledError" in f"{record.exc_info}{message}"
+        )
+        if cancelled or message == CUT_ANSWER:
             return
-        kind: dict[str, str] = {}
-        if record.name == "uvicorn.error" and level == logging.WARNING:
-            kind["stranger"] = "uvicorn"  # its warnings are about bytes that anyone can send
-        log.log(level, message.strip(), exc_info=record.exc_info, **kind)
+        # uvicorn's warnings are about bytes that anyone can send.
+        anyone = record.name == "uvicorn.error" and level == logging.WARNING
+        stranger = "uvicorn" if anyone else None
+        log.log(level, message.strip(), exc_info=record.exc_info, stranger=stranger)
 
 
 def escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -587,19 +556,21 @@ def escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> Eve
     return event
 
 
-def render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
-    return to_ascii_json(event)  # a fifth of the time of structlog's JSONRenderer
-
-
-def configure_logging(level: str, *sinks: Callable[[Any, str, EventDict], EventDict]) -> None:
-    """Send what anyone in this process logs through *sinks* to standard output."""
+def renderers() -> list[Callable[[Any, str, EventDict], EventDict | str]]:
+    """Coloured lines for a terminal, JSON for anyone else."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return [lambda _, __, event: to_ascii_json(event)]  # five times as fast as JSONRenderer
     styles = structlog.dev.ConsoleRenderer.get_default_level_styles()
     console = structlog.dev.ConsoleRenderer(
         event_key="message",
         level_styles={name.upper(): style for name, style in styles.items()},
         exception_formatter=structlog.dev.plain_traceback,
     )
-    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return [escape_controls, console]
+
+
+def configure_logging(level: str, *sinks: Callable[[Any, str, EventDict], EventDict]) -> None:
+    """Send what anyone in this process logs through *sinks* to standard output."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -607,7 +578,7 @@ def configure_logging(level: str, *sinks: Callable[[Any, str, EventDict], EventD
             structlog.processors.TimeStamper("%Y-%m-%dT%H:%M:%S.%fZ"),
             structlog.processors.format_exc_info,
             *sinks,
-            *([escape_controls, console] if terminal else [render_json]),
+            *renderers(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=StdoutLogger,
@@ -973,57 +944,50 @@ class Caller:
 
 
 def bearer_token(request: Request[Any]) -> str:
-    """The token of the Authorization header, empty where there is none."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def equal(given: str, secret: str) -> bool:
-    """Whether both are the same, in a time that does not tell how much of them is."""
-    return secrets.compare_digest(given.encode(), secret.encode())
+def is_secret(given: str, secret: str) -> bool:
+    """Whether *given* is *secret*, if there is one; the time it takes does not tell how nearly."""
+    return bool(secret) and secrets.compare_digest(given.encode(), secret.encode())
 
 
 def verify_jwt(token: str, secret: str, audience: str, now: float) -> str:
     """The `sub` of a valid token (RFC 7519), at *now* in Unix seconds; else ValueError says why.
 
-    Only HS256 (RFC 7515), whatever the header may ask for; 30 s of leeway for the clocks.
+    Only HS256 (RFC 7515), whatever the header may ask for.
     """
     if len(token) > 8192 or not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.ASCII):
         raise ValueError("not three parts of base64url, 8,192 characters at most")
     signed, _, signature = token.rpartition(".")
-    header, claims = (
-        from_json(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)), allow_inf_nan=False)
-        for part in signed.split(".")
-    )
+    parts = (base64.urlsafe_b64decode(part + "==") for part in signed.split("."))
+    header, claims = (from_json(part, allow_inf_nan=False) for part in parts)
     if not isinstance(header, dict) or header.get("alg") != "HS256" or "crit" in header:
         raise ValueError("its header does not ask for plain HS256")
     digest = hmac.digest(secret.encode(), signed.encode(), "sha256")
     # Compared as text: the last character has bits to spare, and only one form is right.
-    if not equal(signature, base64.urlsafe_b64encode(digest).decode().rstrip("=")):
+    if not is_secret(signature, base64.urlsafe_b64encode(digest).decode().rstrip("=")):
         raise ValueError("its signature is wrong")
     if not isinstance(claims, dict):
         raise ValueError("its claims are no object")
     return valid_subject(claims, audience, now)
 
 
-def valid_subject(claims: Mapping[str, Any], audience: str, now: float) -> str:
-    """The `sub` of *claims* that hold at *now*; else ValueError says which does not."""
-
-    def is_number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    expires, begins = claims.get("exp"), claims.get("nbf", now)
-    if not is_number(expires) or not now < cast(float, expires) + 30 < math.inf:
-        raise ValueError("it has expired, or has no exp")
-    if not is_number(begins) or not begins - 30 <= now:
-        raise ValueError("its nbf is ahead")
-    accepted = claims.get("aud")
-    if audience and audience not in (accepted if isinstance(accepted, list) else [accepted]):
-        raise ValueError("its aud is not JWT_AUDIENCE")
-    subject = claims.get("sub")
-    if not isinstance(subject, str) or not 1 <= len(subject) <= 256:
-        raise ValueError("its sub is not a string of 1 to 256 characters")
-    return subject
+def valid_subject(claims: dict[str, Any], audience: str, now: float) -> str:
+    """The `sub` of *claims* that hold at *now*, give or take 30 s; else ValueError."""
+    expires: Any = claims.get("exp")
+    begins: Any = claims.get("nbf", now)
+    accepted, subject = claims.get("aud"), claims.get("sub")
+    holds = {  # not isinstance, to which a bool is a number
+        "exp": type(expires) in (int, float) and now - 30 < expires < math.inf,
+        "nbf": type(begins) in (int, float) and begins <= now + 30,
+        "aud": not audience or audience in (accepted if isinstance(accepted, list) else [accepted]),
+        "sub": isinstance(subject, str) and 1 <= len(subject) <= 256,
+    }
+    if wrong := [name for name, right in holds.items() if not right]:
+        raise ValueError(f"wrong or missing: {', '.join(wrong)}")
+    return cast(str, subject)
 
 
 @lru_cache
@@ -1036,23 +1000,21 @@ def address_key(host: str) -> str:
 def identify(request: Request["AppState"]) -> Caller:
     """The caller, also in the scope; raises 401 where a token is wanted and none is valid."""
     settings, token = request.state["settings"], bearer_token(request)
-    address = address_key(request.client.host[:64] if request.client else "")
-    if not settings.wants_token:
-        caller = Caller(address)
-    elif settings.api_token and equal(token, settings.api_token):
-        caller = Caller(address, stranger=False)
-    else:
-        caller = jwt_caller(settings, token)
+    caller = Caller(address_key(request.client.host[:64] if request.client else ""))
+    if is_secret(token, settings.api_token):
+        caller = Caller(caller.key, stranger=False)
+    elif settings.wants_token:
+        user = signed_in_user(settings, token)
+        caller = Caller(f"user {user}", user, stranger=False)
     # Where Starlette's own authentication keeps it: the log tells strangers apart.
     request.scope["user"] = caller
     return caller
 
 
-def jwt_caller(settings: Settings, token: str) -> Caller:
+def signed_in_user(settings: Settings, token: str) -> str:
     if settings.jwt_secret:
         try:
-            user = verify_jwt(token, settings.jwt_secret, settings.jwt_audience, time.time())
-            return Caller(f"user {user}", user, stranger=False)
+            return verify_jwt(token, settings.jwt_secret, settings.jwt_audience, time.time())
         except ValueError as exc:
             log.info("token refused", reason=str(exc), stranger="token")
     raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
@@ -1062,16 +1024,15 @@ def require_operator(request: Request["AppState"]) -> None:
     """Raises 401 unless the request may read the log: pages must not, with the token they carry."""
     settings = request.state["settings"]
     wanted = settings.admin_token or settings.api_token
-    open_to_all = not wanted and not settings.jwt_secret
-    if not open_to_all and not (wanted and equal(bearer_token(request), wanted)):
+    closed = wanted or settings.jwt_secret
+    if closed and not is_secret(bearer_token(request), wanted):
         raise Failure("unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
 
 class RateLimiter:
     """RATE_LIMIT: a minute's worth of asks at once, and then evenly (GCRA, ITU-T I.371).
 
-    One number is kept for each of the 10,000 latest callers: the time at which it has its whole
-    minute's worth again.
+    It keeps when each of the 10,000 latest callers has its whole minute's worth again.
     """
 
     def __init__(self, per_minute: int) -> None:
@@ -1099,10 +1060,8 @@ class DailyBudget:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.day, self.used, self.unshared, self.reserved = 0, 0, 0, 0
-        # The day on which one of the processes has warned.
-        self.warned = 0
-        self.turn_page()
+        self.day = self.used = self.unshared = self.reserved = 0
+        self.warned = 0  # the day on which one of the processes has
 
     def turn_page(self) -> None:
         today = int(time.time() // 86400)
@@ -1147,22 +1106,24 @@ Outcome = Literal["finished", "cancelled", "failed"]
 
 
 class Admission:
-    """What an ask must pass last: a caller's rate, the budget of all, and a free place."""
+    """What an ask must pass last: a key, a caller's rate, the budget of all, and a free place."""
 
     def __init__(self, settings: Settings) -> None:
-        self.places = settings.max_concurrent_asks
+        self.settings = settings
         self.limiter = RateLimiter(settings.rate_limit)
         self.budget = DailyBudget(settings.daily_tokens)
         self.asks = AskCounts(active=0, total=0, failed=0, cancelled=0)
 
     def admit(self, caller: Caller, estimate: int) -> None:
         """Takes a place, one of the caller's asks and *estimate* tokens, or raises a Failure."""
+        if not self.settings.openai_api_key:
+            raise Failure("not_configured")
         now = time.monotonic()
         if wait := self.limiter.wait(caller.key, now):
             raise Failure("too_many_asks", retry_after=wait)
         if wait := self.budget.wait():
             raise Failure("budget_exhausted", retry_after=wait)
-        if self.asks["active"] >= self.places:
+        if self.asks["active"] >= self.settings.max_concurrent_asks:
             raise Failure("overloaded", retry_after=1)
         self.limiter.take(caller.key, now)
         self.budget.reserved += estimate
@@ -1172,8 +1133,8 @@ class Admission:
     def leave(self, outcome: Outcome, estimate: int, tokens: int) -> None:
         """Gives back what *admit* took, and spends *tokens*."""
         self.asks["active"] -= 1
-        self.asks["failed"] += outcome == "failed"
-        self.asks["cancelled"] += outcome == "cancelled"
+        if outcome != "finished":
+            self.asks[outcome] += 1
         self.budget.reserved -= estimate
         self.budget.spend(tokens)
 
@@ -1726,7 +1687,8 @@ class Fold:
     finish_reason: str | None = None
     tokens_used: int | None = None
     usage: Usage = field(default_factory=Usage)
-    # The upstream's own end has come; nothing behind it is read.
+    # Some of it has come, of whatever kind; its own end has, and nothing behind that is read.
+    received: bool = False
     done: bool = False
     # A piece of text, reasoning or a tool call has come.
     has_piece: bool = False
@@ -1998,13 +1960,20 @@ def sse_event(data: object) -> bytes:
 
 
 END_MARK = b"data: [DONE]\n\n"
-UNBUFFERED = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+# Headers as ASGI has them, made once.
+RawHeaders = tuple[tuple[bytes, bytes], ...]
+UNBUFFERED: RawHeaders = (
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+)
+STREAM_HEADERS = ((b"content-type", f"{SSE}; charset=utf-8".encode()), *UNBUFFERED)
+TEXT_HEADERS = ((b"content-type", b"text/plain; charset=utf-8"),)
 
 
 class Format:
     """How an answer looks to the client; as it stands, like the upstream's own plain answer."""
 
-    media_type, headers = JSON, dict[str, str]()
+    headers: RawHeaders = ((b"content-type", JSON.encode()),)
     # What fills a long silence; empty where the format has nothing that readers skip.
     heartbeat = b""
 
@@ -2041,7 +2010,7 @@ TEXT_CHUNK = re.compile(
 class AskEvents(Format):
     """The events of a streamed /ask."""
 
-    media_type, headers, heartbeat = SSE, UNBUFFERED, b": ping\n\n"
+    headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
 
     def event(self, event: Event, chunks: list[Chunk], fold: ChatFold) -> bytes:
         pieces = [piece for chunk in chunks for piece in fold.pieces(chunk)]
@@ -2097,10 +2066,8 @@ class AskJSON(Format):
 class AskText(Format):
     """The answer itself, piece by piece; only a cut connection can say that it broke off."""
 
-    media_type = "text/plain"
-
     def __init__(self, stream: bool) -> None:
-        self.headers = UNBUFFERED if stream else {}
+        self.headers = (*TEXT_HEADERS, *UNBUFFERED) if stream else TEXT_HEADERS
         # By way of UTF-16, which joins a surrogate pair that came in two pieces.
         self.joined = codecs.getincrementaldecoder("utf-16-le")("replace")
 
@@ -2127,7 +2094,7 @@ class PassedJSON(Format):
 class PassedEvents(PassedJSON):
     """The upstream's own events, byte for byte, of whichever API."""
 
-    media_type, headers, heartbeat = SSE, UNBUFFERED, b": ping\n\n"
+    headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
 
     def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
         if not event.data:
@@ -2386,7 +2353,8 @@ class Tries:
     def __init__(self, upstream: Upstream, request: ModelRequest) -> None:
         """Raises a Failure where the body cannot be JSON: 1e999 was read as infinity."""
         self.upstream, self.request = upstream, request
-        self.failed = 0
+        # How many calls failed, and how many followed one that did.
+        self.failed = self.again = 0
         # What the operator has set in OPENAI_EXTRA_BODY goes out whatever the model says.
         self.fixed = (upstream.settings.openai_extra_body or {}).keys()
         known = upstream.refused.get(request.model, frozenset())
@@ -2397,7 +2365,9 @@ class Tries:
         self.helpful: Set[str] = frozenset()
         self.message = ""
         self.encode()
+        # In tokens: an estimate of what it sends, and the most that it may cost.
         self.estimate = estimated_tokens(self.content)
+        self.cost = self.estimate + output_bound(self.body)
 
     def adaptable(self, body: JsonObject) -> Set[str]:
         """The fields in *body* that may be left out, or renamed, where the model refuses them."""
@@ -2473,9 +2443,8 @@ class Histogram:
     """How many values were at most as large as each of *bounds*, as Prometheus counts them."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
+        self.bounds, self.sum = bounds, 0.0
         self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
 
     def observe(self, value: float) -> None:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
@@ -2505,48 +2474,44 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
 class Metrics:
     """What GET /metrics shows."""
 
-    COMMON = 'gen_ai_operation_name="chat",gen_ai_provider_name="openai"'
-
     def __init__(self) -> None:
         self.started = time.time()
         # By name, and then by model and one more label as it is written.
-        self.histograms: dict[str, dict[tuple[str, str], Histogram]]
-        self.histograms = {name: {} for name in HISTOGRAMS}
+        self.observed: dict[str, dict[tuple[str, str], Histogram]] = {
+            each: {} for each in HISTOGRAMS
+        }
         self.refused: dict[Code, int] = {}
         self.tokens_used = 0
 
     def observe(self, name: str, value: float, model: str, label: str = "") -> None:
-        known = self.histograms[name]
+        known = self.observed[name]
         if (model, label) not in known:
             known[model, label] = Histogram(HISTOGRAMS[name][1])
         known[model, label].observe(value)
 
-    def count_refused(self, code: Code) -> None:
-        self.refused[code] = self.refused.get(code, 0) + 1
-
     def exposition(self, asks: AskCounts) -> Iterator[str]:
         """The lines of Prometheus' text format 0.0.4."""
 
-        def family(name: str, kind: str, meaning: str) -> Iterator[str]:
+        def family(
+            name: str, kind: str, meaning: str, samples: Mapping[str, object]
+        ) -> Iterator[str]:
             yield from (f"# HELP {name} {meaning}", f"# TYPE {name} {kind}")
+            yield from (f"{name}{labels} {value}" for labels, value in samples.items())
 
+        common = 'gen_ai_operation_name="chat",gen_ai_provider_name="openai",gen_ai_request_model='
         for name, (meaning, _) in HISTOGRAMS.items():
-            yield from family(name, "histogram", meaning)
-            for (model, label), histogram in self.histograms[name].items():
-                labels = f"{self.COMMON},gen_ai_request_model={to_json(model)}"
-                yield from histogram.lines(name, f"{labels},{label}" if label else labels)
-        finished = asks["total"] - asks["active"] - asks["failed"] - asks["cancelled"]
-        yield from family("openai_backend_asks_total", "counter", "Asks that ended.")
-        yield f'openai_backend_asks_total{{outcome="finished"}} {finished}'
-        yield f'openai_backend_asks_total{{outcome="cancelled"}} {asks["cancelled"]}'
-        yield f'openai_backend_asks_total{{outcome="failed"}} {asks["failed"]}'
-        yield from family("openai_backend_asks_active", "gauge", "Asks under way.")
-        yield f"openai_backend_asks_active {asks['active']}"
-        yield from family("openai_backend_refused_total", "counter", "Asks not accepted.")
-        for code, count in self.refused.items():
-            yield f'openai_backend_refused_total{{code="{code}"}} {count}'
-        yield from family("process_start_time_seconds", "gauge", "Start, in Unix seconds.")
-        yield f"process_start_time_seconds {self.started:.3f}"
+            yield from family(name, "histogram", meaning, {})
+            for (model, label), histogram in self.observed[name].items():
+                yield from histogram.lines(name, f"{common}{to_json(model)}{label and ','}{label}")
+        ended = {"finished": asks["total"] - asks["active"] - asks["failed"] - asks["cancelled"]}
+        ended |= {"cancelled": asks["cancelled"], "failed": asks["failed"]}
+        outcomes = {f'{{outcome="{outcome}"}}': count for outcome, count in ended.items()}
+        refused = {f'{{code="{code}"}}': count for code, count in self.refused.items()}
+        active, started = {"": asks["active"]}, {"": f"{self.started:.3f}"}
+        yield from family("openai_backend_asks_total", "counter", "Asks that ended.", outcomes)
+        yield from family("openai_backend_asks_active", "gauge", "Asks under way.", active)
+        yield from family("openai_backend_refused_total", "counter", "Asks not accepted.", refused)
+        yield from family("process_start_time_seconds", "gauge", "Start, in Unix seconds.", started)
 
 
 class AppState(TypedDict):
@@ -2562,6 +2527,7 @@ class AppState(TypedDict):
     started: float
 
 
+clock = time.monotonic
 # How long an upstream may leave its connection open behind the last finish_reason, for the usage.
 END_SECONDS = 2
 LEVEL_OF: Mapping[Outcome, int] = {
@@ -2595,6 +2561,13 @@ def read_upstream(response: httpx2.Response) -> AsyncIterator[bytes]:
     return response.aiter_bytes() if coding else aiter(stream)
 
 
+def stop_at(timeout: asyncio.Timeout, when: float | None) -> None:
+    """Move the end of a *timeout* to *when*, by the loop's clock, where it is not over already."""
+    if timeout.when() != when:
+        with suppress(RuntimeError):
+            timeout.reschedule(when)
+
+
 class Exchange(StreamingResponse):
     """One answer: it owns its place, its upstream and its closing event.
 
@@ -2605,21 +2578,18 @@ class Exchange(StreamingResponse):
     - It streams. What fails is an event (or a cut connection), behind what was translated before.
     - Its end was sent: it is finished, whatever the client or the upstream does now.
 
-    Two tasks do the work, `stream_response` and Starlette's `listen_for_disconnect`; the request's
-    own looks in where something may be due. A client that leaves, in whatever state, ends both,
-    and so does one that holds up a write for CLIENT_TIMEOUT, a heartbeat or an error included. An
-    upstream that falls silent while a write is held up is not looked at before that is over.
+    A task of its own runs `stream_response`; the request's listens for the client's leaving, and
+    looks in where something may be due. A client that leaves, in whatever state, ends the other
+    task, and so does one that holds up a write for CLIENT_TIMEOUT, be it a heartbeat or an error.
+    An upstream that falls silent while a write is held up is not looked at before that is over.
     """
 
     def __init__(self, request: ModelRequest, form: Format, state: AppState) -> None:
-        self.pieces = self.answer()
-        super().__init__(self.pieces, headers=form.headers, media_type=form.media_type)
-        self.request, self.format, self.state = request, form, state
+        super().__init__(self.answer())
+        # Fewer than 30 names in all: beyond that each instance has a table of its own, 1.5 KiB.
+        self.format, self.state = form, state
         self.tries = Tries(state["upstream"], request)
-        # In tokens, for DAILY_TOKENS, while this is under way.
-        self.estimate = self.tries.estimate + output_bound(self.tries.body)
         self.upstream: httpx2.Response | None = None
-        self.retries = 0
         self.begin_try()
         # In the client's format, but not written yet.
         self.pending = b""
@@ -2627,17 +2597,19 @@ class Exchange(StreamingResponse):
         # Of the response: its head was sent (by a heartbeat perhaps), a part of the answer was, all
         # of it was; and then the closing event was logged.
         self.started = self.answering = self.complete = self.settled = False
-        self.clock = time.monotonic
-        self.started_at = self.last_write = self.silent_since = self.clock()
+        self.started_at = self.last_write = self.silent_since = clock()
         self.first_piece_at: float | None = None
         # Set while a write is under way, which a client that does not read holds up.
         self.writing_since = math.inf
+
+    @property
+    def request(self) -> ModelRequest:
+        return self.tries.request
 
     def begin_try(self) -> None:
         fold = ChatFold if self.request.path == "chat/completions" else ResponsesFold
         self.fold: ChatFold | ResponsesFold = fold(self.request.model, self.request.stream)
         self.decoder = SSEDecoder() if self.request.stream else BodyDecoder()
-        self.received = False
         # By the loop's clock: when the answer counts as whole, `progress` being its last.
         self.end_due, self.progress = math.inf, 0
 
@@ -2666,31 +2638,31 @@ class Exchange(StreamingResponse):
         """Wait for the next try, or raise *failure*."""
         error, headers = failure.upstream, self.upstream.headers if self.upstream else {}
         if error:  # an answer ends the upstream's silence, a lost connection does not
-            self.silent_since = self.clock()
+            self.silent_since = clock()
         if error and error.in_answer and error.status:
             patience = parse_retry_after(headers.get("retry-after", ""))
             failure = from_upstream(replace(error, retry_after=patience))
-        broken = self.received and not (error and error.status)
+        broken = self.fold.received and not (error and error.status)
         if self.started or self.pending or broken:
             raise failure
         delay = self.tries.delay(failure)
         deadline = self.silent_since + self.state["settings"].openai_timeout
-        if delay is None or self.clock() + delay >= deadline:
+        if delay is None or clock() + delay >= deadline:
             raise failure
         await self.close_upstream()
         await asyncio.sleep(delay)
         if self.started:  # a heartbeat went out meanwhile
             raise failure
-        self.retries += 1
+        self.tries.again += 1
         self.begin_try()
 
     async def read_on(self) -> None:
         """Translate what the upstream says next; raises a Failure where that is no part or end."""
-        self.silent_since = self.clock()
+        self.silent_since = clock()
         if self.fold.finished:
             self.expect_end()
         elif self.end_due < math.inf:
-            self.stop_reading_at(None)
+            stop_at(self.timeout, None)
         try:
             read = await anext(self.reads, None)
         except Exception as exc:  # httpx2's, and aiohttp's own, which it lets through
@@ -2698,7 +2670,7 @@ class Exchange(StreamingResponse):
         if read is None:
             self.close()
         else:
-            self.received = True
+            self.fold.received = True
             self.translate(self.decoder.feed(read))
 
     def expect_end(self) -> None:
@@ -2706,14 +2678,9 @@ class Exchange(StreamingResponse):
         if self.progress != self.fold.progress:
             self.progress = self.fold.progress
             self.end_due = asyncio.get_running_loop().time() + END_SECONDS
-            self.stop_reading_at(self.end_due)
+            stop_at(self.timeout, self.end_due)
         elif self.timeout.when() is None:
-            self.stop_reading_at(self.end_due)
-
-    def stop_reading_at(self, when: float | None) -> None:
-        if self.timeout.when() != when:
-            with suppress(RuntimeError):  # reading is over, or is just being stopped
-                self.timeout.reschedule(when)
+            stop_at(self.timeout, self.end_due)
 
     def translate(self, block: bytes) -> None:
         """Add to `pending` what the upstream's events in *block* say."""
@@ -2726,7 +2693,7 @@ class Exchange(StreamingResponse):
             self.pending += told
             self.fold.has_piece = True
         if self.first_piece_at is None and self.fold.has_piece and self.request.stream:
-            self.first_piece_at = self.clock()
+            self.first_piece_at = clock()
 
     def translate_events(self, block: bytes) -> None:
         for event in self.decoder.events(block):
@@ -2744,20 +2711,19 @@ class Exchange(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer until that is done, or the client has left or reads no more."""
-        self.state["admission"].admit(self.request.caller, self.estimate)
+        self.state["admission"].admit(self.request.caller, self.tries.cost)
         # Middleware changes heads alone, so all else goes straight to the server.
         self.send_head, self.send_body = send, scope["send_body"]
-        tasks = [
-            asyncio.create_task(self.stream_response(send)),
-            asyncio.create_task(self.listen_for_disconnect(receive)),
-        ]
+        answering = asyncio.create_task(self.stream_response(send))
+        # One that has sent nothing ends without the server's knowledge.
+        answering.add_done_callback(lambda _: stop_at(self.waiting, 0))
         try:
-            await self.attend(tasks)
+            await self.attend(receive, answering)
         finally:
             self.settle()
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            if not answering.done():
+                answering.cancel()
+                await asyncio.wait([answering])
             await self.close_upstream()
         if self.failure and not self.started:
             await failure_response(scope, self.failure)(scope, receive, send)
@@ -2765,10 +2731,11 @@ class Exchange(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         """As Starlette's, but the head waits for the first bytes: what fails before is a status."""
         try:
-            async with asyncio.timeout(None) as self.timeout, aclosing(self.pieces):
-                async for data in self.pieces:
+            pieces = cast(AsyncGenerator[bytes], self.body_iterator)
+            async with asyncio.timeout(None) as self.timeout, aclosing(pieces):
+                async for data in pieces:
                     if self.end_due < math.inf:
-                        self.stop_reading_at(None)  # not in a write, which would be torn
+                        stop_at(self.timeout, None)  # not in a write, which would be torn
                     await self.write(data)
             end: bytes | None = self.format.end(self.fold, ignored=self.tries.ignored)
             if failed := self.fold.failure:
@@ -2798,18 +2765,18 @@ class Exchange(StreamingResponse):
         else:
             failure = exc
         failure.mask(self.state["mask"])
-        tried_again = self.retries and failure.status_code in {429, 502, 503, 504}
+        tried_again = self.tries.again and failure.status_code in {429, 502, 503, 504}
         if tried_again or failure.code == "upstream_auth":
             # OpenAI's libraries would multiply the tries, or repeat what no try can mend.
             failure.headers = {**(failure.headers or {}), "x-should-retry": "false"}
-        # Without the frames that it has passed, which would keep all this until it is found garbage.
+        # Without the frames that it has passed: they keep all this until it is found garbage.
         failure.__traceback__ = failure.__cause__ = failure.__context__ = None
         self.failure = failure
         return self.format.error(failure, get_contextvars()["request_id"], self.fold)
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """Send *data* in one piece; raises ClientDisconnect where the client has gone."""
-        now = self.clock()
+        now = clock()
         if self.writing_since == math.inf:
             self.writing_since = now
         try:
@@ -2817,7 +2784,7 @@ class Exchange(StreamingResponse):
                 self.started = True
                 whole = last and not self.request.stream
                 length = [(b"content-length", b"%d" % len(data))] if whole else []
-                headers = [*self.raw_headers, *length]
+                headers = [*self.format.headers, *length]
                 head = {"type": "http.response.start", "status": 200, "headers": headers}
                 await self.send_head(head)
             await self.send_body(
@@ -2829,31 +2796,33 @@ class Exchange(StreamingResponse):
         self.writing_since = math.inf
         self.last_write = now
 
-    async def attend(self, tasks: "list[asyncio.Task[None]]") -> None:
-        """Wait for one of *tasks*; send heartbeats, and end the upstream's silence, in time.
+    async def attend(self, receive: Receive, answering: "asyncio.Task[None]") -> None:
+        """Listen for the client until it is answered; look in where something may be due.
 
-        One look where the first of these may be due costs less than a timer for each read and
-        write.
+        That costs less than a timer for each read and write. It is a heartbeat, the end of the
+        upstream's silence, or that of a client which reads no more.
         """
         settings = self.state["settings"]
         patience, silence = settings.client_timeout, settings.openai_timeout
-        done: Set[object] = frozenset()
-        while not done:
-            now = self.clock()
+        while not answering.done():
+            now = clock()
             if self.writing_since < math.inf:
                 due = self.writing_since + patience
                 if now >= due:
-                    return  # the client reads no more
+                    return
             else:
                 due = min(self.heartbeat_due(), self.silent_since + silence)
                 if now >= self.silent_since + silence:
                     self.silent_since = math.inf
-                    self.stop_reading_at(0)
+                    stop_at(self.timeout, 0)
                 elif now >= due:
                     await self.beat()
+                    continue
             # No longer than either: a write, or a silence, may begin meanwhile.
-            wait = max(0, min(due - now, patience, silence))
-            done, _ = await asyncio.wait(tasks, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(due - now, patience, silence)) as self.waiting:
+                    await self.listen_for_disconnect(receive)
+                    return
 
     def heartbeat_due(self) -> float:
         # None behind a failure, which in the same turn of the loop would become a 200.
@@ -2886,7 +2855,7 @@ class Exchange(StreamingResponse):
         outcome: Outcome = (
             "failed" if self.failure else "finished" if self.complete else "cancelled"
         )
-        self.state["admission"].leave(outcome, self.estimate, self.tokens_spent(outcome))
+        self.state["admission"].leave(outcome, self.tries.cost, self.tokens_spent(outcome))
         self.count(self.failure.code if self.failure else "" if self.complete else outcome)
         log.log(LEVEL_OF[outcome], f"ask {outcome}", **self.closing_facts())
 
@@ -2900,7 +2869,7 @@ class Exchange(StreamingResponse):
             "prompt_chars": self.request.prompt_chars,
             "answer_chars": fold.answer_chars or None,
             "first_token_ms": self.first_piece_at and self.milliseconds(self.first_piece_at),
-            "duration_ms": self.milliseconds(self.clock()),
+            "duration_ms": self.milliseconds(clock()),
             "user": self.request.caller.user,
             "usage": None,
         }
@@ -2928,7 +2897,7 @@ class Exchange(StreamingResponse):
     def count(self, error_type: str) -> None:
         metrics, model = self.state["metrics"], self.request.model
         metrics.tokens_used += self.fold.tokens_used or 0
-        seconds = self.clock() - self.started_at
+        seconds = clock() - self.started_at
         metrics.observe(DURATION, seconds, model, f'error_type="{error_type}"')
         if self.first_piece_at is not None:
             metrics.observe(FIRST_CHUNK, self.first_piece_at - self.started_at, model)
@@ -2941,55 +2910,36 @@ class Exchange(StreamingResponse):
         return round((instant - self.started_at) * 1000, 1)
 
 
-def require_key(settings: Settings) -> None:
-    if not settings.openai_api_key:
-        raise Failure("not_configured")
-
-
-def media_types(request: Request[Any]) -> list[str]:
-    """Those of Accept, in their order, without parameters."""
-    accepted = request.headers.get("accept", "").lower().split(",")
-    return [each.partition(";")[0].strip() for each in accepted]
-
-
 async def ask(request: Request[AppState]) -> Response:
     """POST /ask: as events, as one JSON object, or as text."""
     state, caller = request.state, identify(request)
     settings = state["settings"]
     body = validate(state["models"].ask, await read_json(request, settings))
-    require_key(settings)
-    accepted = media_types(request)
+    types = request.headers.get("accept", "").lower().split(",")
+    accepted = [each.partition(";")[0].strip() for each in types]
     stream = accepted != [JSON] if body.stream is MISSING else body.stream
-    if accepted[0] == "text/plain":
-        # A text of HTTP/1.0 ends where its connection does, so a cut one would look complete.
-        stream = stream and request.scope["http_version"] != "1.0"
-        asked = read_ask(body, caller, settings, stream=stream)
-        return Exchange(asked, AskText(stream), state)
-    asked = read_ask(body, caller, settings, stream=stream)
-    return Exchange(asked, AskEvents() if stream else AskJSON(), state)
+    as_text = accepted[0] == "text/plain"
+    if as_text and request.scope["http_version"] == "1.0":
+        stream = False  # its text ends where the connection does, so a cut one would look complete
+    form = AskText(stream) if as_text else AskEvents() if stream else AskJSON()
+    return Exchange(read_ask(body, caller, settings, stream=stream), form, state)
 
 
 async def chat_completions(request: Request[AppState]) -> Response:
     """POST /v1/chat/completions: OpenAI's own API, for its own libraries."""
     state, caller = request.state, identify(request)
-    settings = state["settings"]
-    values = await read_json(request, settings)
-    asked = read_chat(values, state["models"].chat, caller, settings)
-    require_key(settings)
-    if not asked.stream:
-        return Exchange(asked, PassedJSON(), state)
+    values = await read_json(request, state["settings"])
+    asked = read_chat(values, state["models"].chat, caller, state["settings"])
     options = values.get("stream_options")
-    include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    return Exchange(asked, ChatCompletionEvents(include_usage), state)
+    usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    return Exchange(asked, ChatCompletionEvents(usage) if asked.stream else PassedJSON(), state)
 
 
 async def responses(request: Request[AppState]) -> Response:
     """POST /v1/responses: OpenAI's newer API, which its newest clients prefer."""
     state, caller = request.state, identify(request)
-    settings = state["settings"]
-    values = await read_json(request, settings)
-    asked = read_responses(values, state["models"].newer, caller, settings)
-    require_key(settings)
+    values = await read_json(request, state["settings"])
+    asked = read_responses(values, state["models"].newer, caller, state["settings"])
     return Exchange(asked, ResponsesEvents() if asked.stream else PassedJSON(), state)
 
 
@@ -3009,26 +2959,17 @@ class ModelList(TypedDict):
     data: list[Model]
 
 
-def known_models(settings: Settings) -> list[Model]:
-    return [
-        Model(id=name, object="model", created=0, owned_by="openai-backend")
-        for name in settings.models
-    ]
-
-
-async def list_models(request: Request[AppState]) -> Response:
-    """GET /v1/models."""
+async def models(request: Request[AppState]) -> Response:
+    """GET /v1/models, and GET /v1/models/{id}."""
     identify(request)
-    known = known_models(request.state["settings"])
-    return json_response(ModelList(object="list", data=known))
-
-
-async def retrieve_model(request: Request[AppState]) -> Response:
-    """GET /v1/models/{id}."""
-    identify(request)
-    for model in known_models(request.state["settings"]):
-        if model["id"] == request.path_params["id"]:
-            return json_response(model)
+    known = {
+        name: Model(id=name, object="model", created=0, owned_by="openai-backend")
+        for name in request.state["settings"].models
+    }
+    if "id" not in request.path_params:
+        return json_response(ModelList(object="list", data=[*known.values()]))
+    if model := known.get(request.path_params["id"]):
+        return json_response(model)
     raise Failure("model_not_found", errors=[FieldError(field="model", detail="No such model")])
 
 
@@ -3046,20 +2987,18 @@ class Status(TypedDict):
 
 async def status(request: Request[AppState]) -> Response:
     """GET /status."""
-    state = request.state
-    settings = state["settings"]
+    state, settings = request.state, request.state["settings"]
     keyed = bool(settings.openai_api_key) and not settings.demo
-    return json_response(
-        Status(
-            status="running",
-            version=VERSION,
-            openai_connected=keyed and await state["upstream"].connected(),
-            model="demo" if settings.demo else settings.openai_model,
-            uptime_seconds=round(time.monotonic() - state["started"], 1),
-            asks=state["admission"].asks,
-            tokens_used=state["metrics"].tokens_used,
-        )
+    answer = Status(
+        status="running",
+        version=VERSION,
+        openai_connected=keyed and await state["upstream"].connected(),
+        model="demo" if settings.demo else settings.openai_model,
+        uptime_seconds=round(time.monotonic() - state["started"], 1),
+        asks=state["admission"].asks,
+        tokens_used=state["metrics"].tokens_used,
     )
+    return json_response(answer)
 
 
 async def logs(request: Request[AppState]) -> Response:
@@ -3079,14 +3018,11 @@ async def metrics(request: Request[AppState]) -> Response:
     """GET /metrics."""
     require_operator(request)
     lines = request.state["metrics"].exposition(request.state["admission"].asks)
-    media_type = "text/plain; version=0.0.4; charset=utf-8"
-    return Response("".join(f"{line}\n" for line in lines), media_type=media_type)
+    text = "".join(f"{line}\n" for line in lines)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-OPENAI_PATHS = f"For OpenAI's API there are here {', '.join(V1_PATHS)}."
-
-
-def as_failure(exc: Exception, scope: Scope) -> Failure:
+def as_failure(exc: Exception, path: str) -> Failure:
     """*exc* as one of ERRORS: the router's own, or a defect."""
     if isinstance(exc, Failure):
         return exc
@@ -3094,23 +3030,25 @@ def as_failure(exc: Exception, scope: Scope) -> Failure:
         return Failure("internal_error")
     if exc.status_code == 405:
         return Failure("method_not_allowed", headers=exc.headers)
-    path = route_path(scope)
     sdk = f"{path}/".startswith("/v1/") or f"/v1{path}" in V1_PATHS
-    return Failure("not_found", f"There is nothing at this path. {OPENAI_PATHS}" if sdk else "")
+    known = f"For OpenAI's API there are here {', '.join(V1_PATHS)}."
+    return Failure("not_found", f"There is nothing at this path. {known}" if sdk else "")
 
 
 async def error_response(request: Request[Any], exc: Exception) -> Response:
     """The answer to a request that was not accepted; for an ask it is counted and logged."""
-    failure = as_failure(exc, request.scope)
-    if route_path(request.scope) in ASK_PATHS and not isinstance(exc, ClientDisconnect):
-        request.scope["state"]["metrics"].count_refused(failure.code)
-        caller: Caller | None = request.scope.get("user")
-        fields = [each["field"] for each in failure.errors]
-        facts: dict[str, object] = {"fields": fields} if fields else {}
-        if caller is None or caller.stranger:
+    scope, path = request.scope, route_path(request.scope)
+    failure = as_failure(exc, path)
+    if path in ASK_PATHS and not isinstance(exc, ClientDisconnect):
+        refused = scope["state"]["metrics"].refused
+        refused[failure.code] = refused.get(failure.code, 0) + 1
+        facts: dict[str, object] = {"code": failure.code, "status": failure.status_code}
+        if failure.errors:
+            facts["fields"] = [each["field"] for each in failure.errors]
+        if "user" not in scope or scope["user"].stranger:
             facts["stranger"] = failure.code
-        log.info("ask refused", code=failure.code, status=failure.status_code, **facts)
-    return failure_response(request.scope, failure)
+        log.info("ask refused", **facts)
+    return failure_response(scope, failure)
 
 
 class RequestMiddleware:
@@ -3175,8 +3113,7 @@ class GateMiddleware(CORSMiddleware):
             expose_headers=["Retry-After", "X-Request-ID"],
             allow_private_network=True,
         )
-        self.checked_app = app
-        self.hosts = frozenset(settings.allowed_hosts)
+        self.checked_app, self.hosts = app, frozenset(settings.allowed_hosts)
 
     async def check(self, scope: Scope, receive: Receive, send: Send) -> None:
         failure = self.refusal(scope) if scope["type"] == "http" else None
@@ -3185,7 +3122,7 @@ class GateMiddleware(CORSMiddleware):
 
     def refusal(self, scope: Scope) -> Failure | None:
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        host, origin = headers.get("host", "").lower(), headers.get("origin", "")
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         if has_body and "upgrade" in headers:
             # uvicorn's parser has lost the body, and would take a late one for the next request.
@@ -3193,11 +3130,11 @@ class GateMiddleware(CORSMiddleware):
         if host and not self.allows_host(host, scope["server"]):
             return Failure("host_not_allowed")
         # A page of the service itself: no scheme, since a proxy may have taken the TLS off.
-        own = bool(host) and (origin or "").partition("://")[2] == host
-        if scope["method"] == "POST" and origin and not (own or self.is_allowed_origin(origin)):
-            self.warn(origin)
-            return Failure("origin_not_allowed")
-        return None
+        own = host and origin.partition("://")[2] == host
+        if scope["method"] != "POST" or not origin or own or self.is_allowed_origin(origin):
+            return None
+        self.warn(origin)
+        return Failure("origin_not_allowed")
 
     def allows_host(self, host: str, server: tuple[str, int | None] | None) -> bool:
         local = server is not None and is_loopback(server[0])
@@ -3222,12 +3159,15 @@ class GateMiddleware(CORSMiddleware):
         log.warning("origin not allowed", origin=origin, remedy=remedy, stranger="origin")
 
 
+# What is raised where the log database cannot be used; TimeoutError is an OSError.
+UNUSABLE = (sqlite3.Error, OSError, ValueError)
+
+
 class LogDatabase:
     """The newest events, and the day's tokens, of all processes that share a SQLite file.
 
-    It is a structlog processor beside *ring*. One thread alone touches the file, so that no lock
-    and no full disk holds up an ask: what cannot be written waits and is tried again, and where
-    nothing can be read the ring answers.
+    One thread alone touches the file, so that no lock and no full disk holds up an ask: what cannot
+    be written waits and is tried again, and where nothing can be read *ring* answers.
     """
 
     SCHEMA: Mapping[str, str] = {
@@ -3246,7 +3186,7 @@ class LogDatabase:
         self.closed = False
         try:
             self.thread.submit(self.open).result()
-        except (sqlite3.Error, OSError, ValueError) as exc:
+        except UNUSABLE as exc:
             locked = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL}
             if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in locked:
                 raise ConfigError(f"LOG_DATABASE: {path!a} cannot be used: {exc}") from exc
@@ -3260,37 +3200,37 @@ class LogDatabase:
 
     def open(self) -> sqlite3.Connection:
         if self.connection is None:
-            self.make_private()
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             connection = sqlite3.connect(self.path, timeout=0.2, check_same_thread=False)
             try:
-                self.check(connection)
-            except (sqlite3.Error, ValueError):
+                self.prepare(connection)
+            except UNUSABLE:
                 connection.close()
                 raise
             self.connection = connection
+            for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
+                with suppress(FileNotFoundError):
+                    os.chmod(path, 0o600)  # they hold the names of users
         return self.connection
 
-    def make_private(self) -> None:
-        """Only the owner reads the files: they hold the names of users."""
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
-            with suppress(FileNotFoundError):
-                os.chmod(path, 0o600)
-
-    def check(self, connection: sqlite3.Connection) -> None:
+    def prepare(self, connection: sqlite3.Connection) -> None:
         """Raises sqlite3.Error or ValueError where the file is no log of this service."""
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+        self.missing(connection)  # before anything is changed in it
+        connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
         with connection:
             connection.execute("BEGIN IMMEDIATE")
-            found = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql > ''"))
-            for name, sql in self.SCHEMA.items():
-                if name not in found:
-                    connection.execute(sql)
-                elif found[name] != sql:
-                    raise ValueError(f"its table {name} has another schema; name a new file")
+            for sql in self.missing(connection):
+                connection.execute(sql)
             # Fails where the file is read-only, as BEGIN IMMEDIATE does not.
             connection.execute("DELETE FROM events WHERE false")
+
+    def missing(self, connection: sqlite3.Connection) -> list[str]:
+        """What makes the tables that are not there yet; ValueError for one of another kind."""
+        found = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql > ''"))
+        for name, sql in self.SCHEMA.items():
+            if found.get(name, sql) != sql:
+                raise ValueError(f"its table {name} has another schema; name a new file")
+        return [sql for name, sql in self.SCHEMA.items() if name not in found]
 
     def disconnect(self) -> None:
         if self.connection is not None:
@@ -3299,34 +3239,27 @@ class LogDatabase:
 
     def write(self) -> bool:
         """Whether all that waited is in the file now."""
-        if not self.waiting:
-            return True
         events = list(self.waiting)
         rows = [(each["level"], utf8_json(to_json(each)).decode()) for each in events]
+        if not rows:
+            return True
         try:
             with self.open() as transaction:
                 transaction.executemany("INSERT INTO events (level, event) VALUES (?, ?)", rows)
-                transaction.execute(
-                    "DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?",
-                    (self.waiting.maxlen,),
-                )
-        except (sqlite3.Error, OSError, ValueError):
+                too_old = "DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?"
+                transaction.execute(too_old, (self.waiting.maxlen,))
+        except UNUSABLE:
             return False
-        self.forget(events)
-        return True
-
-    def forget(self, written: list[LogEvent]) -> None:
-        # The deque itself may have dropped some of them meanwhile, to make room.
-        for event in written:
+        for event in events:
+            # The deque itself may have dropped some meanwhile, to make room.
             if self.waiting and self.waiting[0] is event:
                 self.waiting.popleft()
+        return True
 
     def read(self, level: str | None, limit: int) -> list[LogEvent]:
         all_written = self.write()
-        rows = self.open().execute(
-            "SELECT event FROM events WHERE ? IN (level, '') ORDER BY id DESC LIMIT ?",
-            (level or "", limit),
-        )
+        newest = "SELECT event FROM events WHERE ? IN (level, '') ORDER BY id DESC LIMIT ?"
+        rows = self.open().execute(newest, (level or "", limit))
         events: list[LogEvent] = [json.loads(event) for (event,) in rows][::-1]
         if not all_written:
             events += (each for each in list(self.waiting) if level in (None, each["level"]))
@@ -3335,20 +3268,19 @@ class LogDatabase:
     async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
         """As the ring's, of all processes; those of this one that wait to be written come last."""
         loop = asyncio.get_running_loop()
-        with suppress(sqlite3.Error, OSError, ValueError, TimeoutError):
+        with suppress(*UNUSABLE):
             async with asyncio.timeout(self.READ_SECONDS):
                 return await loop.run_in_executor(self.thread, self.read, level, limit)
         return await self.ring.tail(level=level, limit=limit)
 
     def add_tokens(self, day: int, tokens: int) -> int:
         """The tokens that all processes have used on *day*, with *tokens* more of this one."""
+        add = (
+            "INSERT INTO tokens VALUES (?, ?) "
+            "ON CONFLICT (day) DO UPDATE SET used = used + excluded.used RETURNING used"
+        )
         with self.open() as transaction:
-            (used,) = transaction.execute(
-                "INSERT INTO tokens VALUES (?, ?) "
-                "ON CONFLICT (day) DO UPDATE SET used = used + excluded.used RETURNING used",
-                (day, tokens),
-            ).fetchone()
-        return int(used)
+            return int(transaction.execute(add, (day, tokens)).fetchone()[0])
 
     async def share(self, budget: DailyBudget) -> None:
         """Write what waits, and make *budget* that of all processes."""
@@ -3361,7 +3293,7 @@ class LogDatabase:
         budget.unshared = 0
         try:
             used = await loop.run_in_executor(self.thread, self.add_tokens, day, tokens)
-        except (sqlite3.Error, OSError, ValueError):
+        except UNUSABLE:
             budget.unshared += tokens
         else:
             if day == budget.day:
@@ -3380,6 +3312,11 @@ class LogDatabase:
         self.closed = True
 
 
+def words(text: str) -> list[str]:
+    """Each with the white space before it; the demo model counts one as a token."""
+    return re.findall(r"\s*\S+", text)
+
+
 @dataclass(frozen=True)
 class DemoAnswer:
     """How the demo model answers; *delay* is the seconds before the first word."""
@@ -3392,26 +3329,19 @@ class DemoAnswer:
 
     def up_to(self, limit: JsonValue) -> "DemoAnswer":
         """The first words of it, no more than *limit*, reasoning included."""
-        thoughts, words = (re.findall(r"\s*\S+", text) for text in (self.reasoning, self.text))
-        if not isinstance(limit, int) or limit >= len(thoughts) + len(words):
+        thoughts, said = words(self.reasoning), words(self.text)
+        if not isinstance(limit, int) or limit >= len(thoughts) + len(said):
             return self
-        text = "".join(words[: max(0, limit - len(thoughts))])
-        return replace(self, text=text, reasoning="".join(thoughts[:limit]), finish_reason="length")
-
-    def tokens(self) -> tuple[int, int]:
-        """Those of the reasoning, and of all: a word is one."""
-        reasoned = len(self.reasoning.split())
-        return reasoned, reasoned + len(self.text.split())
+        text = "".join(said[: max(0, limit - len(thoughts))])
+        return DemoAnswer(text, "".join(thoughts[:limit]), self.delay, "length", self.cut)
 
 
-DEMO_ERRORS = {400, 401, 429, 500, 503}
 # A prompt that begins with one of these words, so that a front end meets every branch.
 DEMO_ANSWERS: Mapping[str, DemoAnswer] = {
     "/cut": DemoAnswer("This answer of the demo model breaks off", cut=True),
     "/slow": DemoAnswer("This answer of the demo model took 20 seconds to begin.", delay=20),
     "/reason": DemoAnswer(
-        "This is the demo model's answer.",
-        reasoning="The demo model thinks aloud before it speaks.",
+        "This is the demo model's answer.", "The demo model thinks aloud before it speaks."
     ),
     "/long": DemoAnswer(" ".join(["This is the demo model, and it talks and talks."] * 50)),
     "/empty": DemoAnswer("", finish_reason="length"),
@@ -3428,113 +3358,111 @@ class DemoTransport(httpx2.AsyncBaseTransport):
         said = body.get("messages") or body.get("input")
         turns: list[Any] = said if isinstance(said, list) else [{"content": said}]
         prompt = "".join(texts_of(turns[-1:]))
-        command, argument, *_ = [*prompt[:100].split(None, 2), "", ""]
-        code = int(argument) if re.fullmatch("(?a:[0-9]{3})", argument) else 0
-        if command == "/error" and code in DEMO_ERRORS:
+        if failing := re.match(r"\s*/error\s+(400|401|429|500|503)(?!\S)", prompt[:100]):
+            code = int(failing[1])
             headers = {"Retry-After": "3"} if code == 429 else {}
             error = {"message": f"The demo model was asked for a {code}.", "type": "demo"}
             return httpx2.Response(code, headers=headers, json={"error": error}, request=request)
         quoted = prompt if len(prompt) <= 2000 else f"{prompt[:2000]} [...]"
         usual = DemoAnswer(f"This is the demo model, not OpenAI. You said: “{quoted}”")
-        answer = DEMO_ANSWERS.get(command, usual)
+        answer = DEMO_ANSWERS.get("".join(prompt[:100].split()[:1]), usual)
         asked = sum(len(text.split()) for text in texts_of(turns))
-        speak = demo_responses if request.url.path.endswith("/responses") else demo_chat
-        events = self.paced(answer, speak(answer, body, asked))
+        if request.url.path.endswith("/responses"):
+            answer = answer.up_to(body.get("max_output_tokens"))
+            *events, plain = demo_responses(answer, asked)
+            end = b""
+        else:
+            answer = answer.up_to(body.get("max_completion_tokens") or body.get("max_tokens"))
+            *events, plain = demo_chat(answer, asked)
+            end = b"" if answer.cut else END_MARK
         if body.get("stream"):
-            return httpx2.Response(200, content=events, request=request)
+            stream = self.paced(events, answer.delay, end)
+            return httpx2.Response(200, content=stream, request=request)
         await asyncio.sleep(answer.delay)
-        whole = utf8_json(to_json(list(speak(answer, body, asked))[-1]))
-        content = whole[:100] if answer.cut else whole
+        content = utf8_json(to_json(plain))[: 100 if answer.cut else None]
         return httpx2.Response(200, content=content, request=request)
 
-    async def paced(self, answer: DemoAnswer, events: Iterator[JsonObject]) -> AsyncIterator[bytes]:
-        """All *events* but the last, which is the plain answer, at a pace a person can watch."""
-        event = next(events)
-        pause = answer.delay
-        for following in events:
+    async def paced(self, events: list[Any], delay: float, end: bytes) -> AsyncIterator[bytes]:
+        """*events* at a pace a person can watch, with *delay* behind the first, and then *end*."""
+        for index, event in enumerate(events):
             name = event.get("type")
             yield (f"event: {name}\n".encode() if name else b"") + sse_event(event)
-            await asyncio.sleep(pause)
-            event, pause = following, self.PACE
-        if event.get("object") == "chat.completion" and not answer.cut:
-            yield END_MARK
+            await asyncio.sleep(self.PACE if index else delay)
+        yield end
 
 
-def demo_chat(answer: DemoAnswer, body: JsonObject, asked: int) -> Iterator[JsonObject]:
+def demo_chat(answer: DemoAnswer, asked: int) -> Iterator[JsonObject]:
     """The *answer* as chat completion chunks, and then as one plain completion."""
-    answer = answer.up_to(body.get("max_completion_tokens") or body.get("max_tokens"))
-    reasoned, spoken = answer.tokens()
-    usage: JsonObject = {
-        "prompt_tokens": asked,
-        "completion_tokens": spoken,
-        "total_tokens": asked + spoken,
-    } | ({"completion_tokens_details": {"reasoning_tokens": reasoned}} if reasoned else {})
+    reasoned, spoken = len(words(answer.reasoning)), len(words(answer.text))
+    usage: JsonObject = {"prompt_tokens": asked, "completion_tokens": reasoned + spoken}
+    usage["total_tokens"] = asked + reasoned + spoken
+    message: JsonObject = {"role": "assistant", "content": answer.text}
+    if reasoned:
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoned}
+        message["reasoning_content"] = answer.reasoning
     head: JsonObject = {"id": "chatcmpl-demo", "model": "demo", "created": int(time.time())}
-    said: JsonObject = {"role": "assistant", "content": answer.text}
-    said |= {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+    chunk = head | {"object": "chat.completion.chunk"}
 
     def choice(part: str, value: JsonValue, reason: str | None = None) -> JsonObject:
-        kind = "chat.completion.chunk" if part == "delta" else "chat.completion"
-        one: JsonObject = {"index": 0, part: value, "finish_reason": reason}
-        return {**head, "object": kind, "choices": [one]}
+        return {"choices": [{"index": 0, part: value, "finish_reason": reason}]}
 
-    yield choice("delta", {"role": "assistant", "content": ""})
+    yield chunk | choice("delta", {"role": "assistant", "content": ""})
     for name, text in (("reasoning_content", answer.reasoning), ("content", answer.text)):
-        for word in re.findall(r"\s*\S+", text):
-            yield choice("delta", {name: word})
+        for word in words(text):
+            yield chunk | choice("delta", {name: word})
     if not answer.cut:
-        yield choice("delta", {}, answer.finish_reason)
-        yield {**head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
-    yield choice("message", said, answer.finish_reason) | {"usage": usage}
+        yield chunk | choice("delta", {}, answer.finish_reason)
+        yield chunk | {"choices": [], "usage": usage}
+    whole = head | {"object": "chat.completion", "usage": usage}
+    yield whole | choice("message", message, answer.finish_reason)
 
 
-def demo_responses(answer: DemoAnswer, body: JsonObject, asked: int) -> Iterator[JsonObject]:
+def demo_responses(answer: DemoAnswer, asked: int) -> Iterator[JsonObject]:
     """The *answer* as events of the Responses API, and then as one plain response."""
-    answer = answer.up_to(body.get("max_output_tokens"))
-    reasoned, spoken = answer.tokens()
+    reasoned, spoken = len(words(answer.reasoning)), len(words(answer.text))
     state = "completed" if answer.finish_reason == "stop" else "incomplete"
     begun: JsonObject = {"id": "resp_demo", "object": "response", "model": "demo", "output": []}
     begun |= {"created_at": int(time.time()), "status": "in_progress", "tools": [], "error": None}
     begun |= {"parallel_tool_calls": True, "tool_choice": "auto", "incomplete_details": None}
-    numbers, output = itertools.count(), list[JsonValue]()
-
-    def event(kind: str, **fields: JsonValue) -> JsonObject:
-        return {"type": f"response.{kind}", "sequence_number": next(numbers), **fields}
-
-    def item(name: str, text: str, part: JsonObject, parts: str, more: JsonObject) -> Iterator[Any]:
-        """The events of one item of the output, whose one part is *part* with *text*."""
-        where = {"item_id": more["id"], "output_index": len(output), parts + "_index": 0}
-        said = name.removesuffix("_text") + "_part" if parts == "summary" else "content_part"
-        full: JsonObject = {**more, parts: [{**part, "text": text}]}
-        yield event("output_item.added", output_index=len(output), item={**more, parts: []})
-        yield event(f"{said}.added", **where, part={**part, "text": ""})
-        for word in re.findall(r"\s*\S+", text):
-            yield event(f"{name}.delta", **where, delta=word)
-        if not answer.cut:
-            yield event(f"{name}.done", **where, text=text)
-            yield event(f"{said}.done", **where, part={**part, "text": text})
-            yield event("output_item.done", output_index=len(output), item=full)
-        output.append(full)
-
-    yield event("created", response=begun)
-    if answer.reasoning:
-        thought: JsonObject = {"id": "rs_demo", "type": "reasoning"}
-        summary: JsonObject = {"type": "summary_text"}
-        yield from item("reasoning_summary_text", answer.reasoning, summary, "summary", thought)
+    output: list[JsonValue] = []
+    events: list[JsonObject] = [{"type": "response.created", "response": begun}]
+    if reasoned:
+        part: JsonObject = {"type": "summary_text", "text": answer.reasoning}
+        thought: JsonObject = {"id": "rs_demo", "type": "reasoning", "summary": [part]}
+        output.append(thought)
+        events += item_events(0, thought, part, answer.cut)
+    part = {"type": "output_text", "annotations": [], "text": answer.text}
     message: JsonObject = {"id": "msg_demo", "type": "message", "role": "assistant"}
-    part: JsonObject = {"type": "output_text", "annotations": []}
-    yield from item("output_text", answer.text, part, "content", {**message, "status": state})
-    usage: JsonObject = {"input_tokens": asked, "output_tokens": spoken}
-    usage |= {
-        "total_tokens": asked + spoken,
-        "output_tokens_details": {"reasoning_tokens": reasoned},
-    }
-    whole = begun | {"status": state, "output": output, "usage": usage}
+    message |= {"status": state, "content": [part]}
+    events += item_events(len(output), message, part, answer.cut)
+    usage: JsonObject = {"input_tokens": asked, "output_tokens": reasoned + spoken}
+    usage["total_tokens"] = asked + reasoned + spoken
+    usage["output_tokens_details"] = {"reasoning_tokens": reasoned}
+    whole = begun | {"status": state, "output": [*output, message], "usage": usage}
     if state == "incomplete":
         whole["incomplete_details"] = {"reason": "max_output_tokens"}
     if not answer.cut:
-        yield event(state, response=whole)
+        events.append({"type": f"response.{state}", "response": whole})
+    yield from (event | {"sequence_number": number} for number, event in enumerate(events))
     yield whole
+
+
+def item_events(index: int, item: JsonObject, part: JsonObject, cut: bool) -> Iterator[JsonObject]:
+    """The events of one *item* of the output, whose one part is *part*."""
+    parts, section, name = "content", "content_part", "output_text"
+    if item["type"] == "reasoning":
+        parts, section, name = "summary", "reasoning_summary_part", "reasoning_summary_text"
+    place: JsonObject = {"output_index": index}
+    where = place | {"item_id": item["id"], f"{parts}_index": 0}
+    text = str(part["text"])
+    yield {"type": "response.output_item.added", **place, "item": item | {parts: []}}
+    yield {"type": f"response.{section}.added", **where, "part": part | {"text": ""}}
+    for word in words(text):
+        yield {"type": f"response.{name}.delta", **where, "delta": word}
+    if not cut:
+        yield {"type": f"response.{name}.done", **where, "text": text}
+        yield {"type": f"response.{section}.done", **where, "part": part}
+        yield {"type": "response.output_item.done", **place, "item": item}
 
 
 def ref(name: str) -> dict[str, str]:
@@ -3572,14 +3500,6 @@ def json_content(schema: object, **more: object) -> dict[str, Any]:
     return {JSON: {"schema": schema, **more}}
 
 
-def event_stream(events: object, example: bytes) -> dict[str, Any]:
-    """The content of a stream, an event as OpenAPI 3.2 models it in its itemSchema."""
-    data = {"anyOf": [{"contentMediaType": JSON, "contentSchema": events}, {"const": "[DONE]"}]}
-    properties = {"data": {"type": "string", **data}}
-    schema = {"type": "object", "properties": properties, "required": ["data"]}
-    return {SSE: {"schema": schema, "example": example.decode()}}
-
-
 def operation(
     name: str, summary: str, content: object, codes: Iterable[Code] = (), secured: bool = False
 ) -> dict[str, Any]:
@@ -3592,10 +3512,9 @@ def operation(
         kind, schema = PROBLEM, "Problem"
         if name in {"createChatCompletion", "createResponse", "listModels", "retrieveModel"}:
             problem, kind, schema = failure.openai_error(), JSON, "OpenAIErrorBody"
-        answer = {"content": {kind: {"schema": ref(schema), "examples": {}}}}
-        answer = answers.setdefault(
-            str(failure.status_code), {"description": failure.title, **answer}
-        )
+        content = {kind: {"schema": ref(schema), "examples": {}}}
+        new = {"description": failure.title, "content": content}
+        answer = answers.setdefault(str(failure.status_code), new)
         answer["content"][kind]["examples"][code] = {"value": problem}
     for status_code, answer in answers.items():
         names = filter(None, ("X-Request-ID", extra.get(status_code)))
@@ -3604,78 +3523,81 @@ def operation(
     return {"operationId": name, "summary": summary, "responses": answers, **security}
 
 
-def ask_operation(secured: bool) -> dict[str, Any]:
-    """POST /ask; JSON first, since generated clients take that."""
+def event_stream(event: object, example: bytes) -> dict[str, Any]:
+    """The content of a stream, an event as OpenAPI 3.2 models it in its itemSchema."""
+    data = {"anyOf": [{"contentMediaType": JSON, "contentSchema": event}, {"const": "[DONE]"}]}
+    properties = {"data": {"type": "string", **data}}
+    schema = {"type": "object", "properties": properties, "required": ["data"]}
+    return {SSE: {"schema": schema, "example": example.decode()}}
+
+
+def post_operations(secured: bool) -> dict[str, Any]:
+    """What asks the model; JSON first, since generated clients take that."""
+
+    def post(name: str, api: str, request: str, example: object, answer: object) -> dict[str, Any]:
+        codes = [*ASK_CODES, "model_not_found"] if api else ASK_CODES
+        asked = {"required": True, "content": json_content(ref(request), example=example)}
+        found = operation(name, f"Ask{api}", answer, codes, secured)
+        return {"post": found | {"requestBody": asked}}
+
     pieces = [
         {"type": "reasoning", "content": "The user greets"},
         {"type": "delta", "content": "Hola"},
         {"type": "done", "finish_reason": "stop", "tokens_used": 9, "model": "gpt-5.4-mini"},
     ]
-    events = {"oneOf": [ref("PieceEvent"), ref("DoneEvent"), ref("ErrorEvent")]}
-    stream = event_stream(events, b"".join(map(sse_event, pieces)) + END_MARK)
-    answers = json_content(ref("Answer")) | stream | {"text/plain": TEXT}
-    example = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
-    asked = {"required": True, "content": json_content(ref("Ask"), example=example)}
-    return operation("ask", "Ask", answers, ASK_CODES, secured) | {"requestBody": asked}
-
-
-def openai_operations(secured: bool) -> dict[str, Any]:
-    """The POSTs of OpenAI's own two APIs."""
-    delta = {"index": 0, "delta": {"content": "Hola"}}
-    kind = "response.output_text.delta"
-    chunk = sse_event({"object": "chat.completion.chunk", "choices": [delta]}) + END_MARK
-    event = b"event: %s\n" % kind.encode() + sse_event({"type": kind, "delta": "Hola"})
+    event = {"oneOf": [ref("PieceEvent"), ref("DoneEvent"), ref("ErrorEvent")]}
+    stream = event_stream(event, b"".join(map(sse_event, pieces)) + END_MARK)
+    answer = json_content(ref("Answer")) | stream | {"text/plain": TEXT}
+    usual = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
+    whole, part = {"type": "object"}, {"index": 0, "delta": {"content": "Hola"}}
+    chunk = sse_event({"object": "chat.completion.chunk", "choices": [part]}) + END_MARK
+    chat_answer = json_content(whole) | event_stream(whole, chunk)
     chat = {"messages": [{"role": "user", "content": "Hola"}]}
-    codes, whole = [*ASK_CODES, "model_not_found"], {"type": "object"}
-
-    def post(name: str, api: str, request: str, example: object, stream: bytes) -> dict[str, Any]:
-        asked = {"required": True, "content": json_content(ref(request), example=example)}
-        answers = json_content(whole) | event_stream(whole, stream)
-        summary = f"Ask, as with OpenAI's {api}"
-        return operation(name, summary, answers, codes, secured) | {"requestBody": asked}
-
-    newer = post("createResponse", "newer API", "ResponsesRequest", {"input": "Hola"}, event)
-    older = post("createChatCompletion", "own API", "ChatCompletionRequest", chat, chunk)
-    return {"/v1/chat/completions": older, "/v1/responses": newer}
+    kind = "response.output_text.delta"
+    delta = f"event: {kind}\n".encode() + sse_event({"type": kind, "delta": "Hola"})
+    newer_answer = json_content(whole) | event_stream(whole, delta)
+    older = "createChatCompletion", ", as with OpenAI's own API", "ChatCompletionRequest"
+    newer = "createResponse", ", as with OpenAI's newer API", "ResponsesRequest"
+    return {
+        "/ask": post("ask", "", "Ask", usual, answer),
+        "/v1/chat/completions": post(*older, chat, chat_answer),
+        "/v1/responses": post(*newer, {"input": "Hola"}, newer_answer),
+    }
 
 
 def get_operations(asks: bool, logs: bool) -> dict[str, Any]:
-    """What is read with GET; *asks* and *logs* say whether those want a token."""
+    """What is read; *asks* and *logs* say whether those want a token."""
     query = LogsQuery.model_json_schema()["properties"].items()
-    parameters = [{"name": name, "in": "query", "schema": each} for name, each in query]
-    model_id = {"name": "id", "in": "path", "required": True, **TEXT}
+    of_logs = [{"name": name, "in": "query", "schema": each} for name, each in query]
+    of_model = [{"name": "id", "in": "path", "required": True, **TEXT}]
     events = json_content({"type": "array", "items": ref("LogEvent")})
     known, one = json_content(ref("ModelList")), json_content(ref("Model"))
     html, document = {"text/html": TEXT}, json_content({"type": "object"})
-    return {
+    found = {
         "/": operation("page", "A page to ask from", html),
         "/status": operation("status", "Whether it all works", json_content(ref("Status"))),
-        "/logs": operation("logs", "Newest events", events, ["invalid_request"], logs)
-        | {"parameters": parameters},
+        "/logs": operation("logs", "Newest events", events, ["invalid_request"], logs),
         "/metrics": operation("metrics", "For Prometheus", {"text/plain": TEXT}, secured=logs),
         "/v1/models": operation("listModels", "What may be named", known, secured=asks),
-        "/v1/models/{id}": operation("retrieveModel", "One", one, ["model_not_found"], asks)
-        | {"parameters": [model_id]},
+        "/v1/models/{id}": operation("retrieveModel", "One", one, ["model_not_found"], asks),
         "/openapi.json": operation("document", "This document", document),
         "/docs": operation("swaggerUI", "This document in Swagger UI", html),
         "/redoc": operation("redoc", "This document in ReDoc", html),
     }
+    found["/logs"]["parameters"], found["/v1/models/{id}"]["parameters"] = of_logs, of_model
+    return {path: {"get": each} for path, each in found.items()}
 
 
 def openapi(settings: Settings) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the service."""
     asks, logs = settings.wants_token, settings.wants_token or bool(settings.admin_token)
-    posts = {"/ask": ask_operation(asks), **openai_operations(asks)}.items()
-    components: dict[str, Any] = {"schemas": schemas(settings)}
-    if logs:
-        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    bearer = {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "OpenAI back end", "version": VERSION},
         "servers": [{"url": "."}],
-        "paths": {path: {"post": each} for path, each in posts}
-        | {path: {"get": each} for path, each in get_operations(asks, logs).items()},
-        "components": components,
+        "paths": post_operations(asks) | get_operations(asks, logs),
+        "components": {"schemas": schemas(settings)} | (bearer if logs else {}),
     }
 
 
@@ -3693,24 +3615,18 @@ onerror="document.body.textContent = 'The CDN cannot be reached; see openapi.jso
 <script>{start}</script></body></html>""")
 
 
-def swagger_ui() -> Response:
-    return docs_page(
-        f"{SWAGGER}-bundle.js",
-        "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9",
-        "window.SwaggerUIBundle?.({url: 'openapi.json', dom_id: '#ui'})",
-        f"""<link rel="stylesheet" href="{SWAGGER}.css" crossorigin="anonymous"
+SWAGGER_UI = docs_page(
+    f"{SWAGGER}-bundle.js",
+    "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9",
+    "window.SwaggerUIBundle?.({url: 'openapi.json', dom_id: '#ui'})",
+    f"""<link rel="stylesheet" href="{SWAGGER}.css" crossorigin="anonymous"
 integrity="sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I">""",
-    )
-
-
-def redoc() -> Response:
-    return docs_page(
-        f"{REDOC}/bundles/redoc.standalone.js",
-        "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5",
-        "window.Redoc?.init('openapi.json', {}, document.getElementById('ui'))",
-    )
-
-
+)
+REDOC_UI = docs_page(
+    f"{REDOC}/bundles/redoc.standalone.js",
+    "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5",
+    "window.Redoc?.init('openapi.json', {}, document.getElementById('ui'))",
+)
 PAGE_STYLE = r"""
 :root { color-scheme: light dark; --paper: light-dark(#fcfbf9, #121417);
   --field: light-dark(#fff, #191c20); --tint: light-dark(#f2f1ed, #1e2226);
@@ -4119,11 +4035,11 @@ def create_http_client(settings: Settings) -> httpx2.AsyncClient:
     hooks = {"response": [raise_refusal]}
     if settings.demo:
         return httpx2.AsyncClient(transport=DemoTransport(), event_hooks=hooks)
-    places = settings.max_concurrent_asks
+    most = settings.max_concurrent_asks
     return DefaultAioHttpClient(
         timeout=None,
         limits=httpx2.Limits(
-            max_connections=places + 100, max_keepalive_connections=places, keepalive_expiry=60
+            max_connections=most + 100, max_keepalive_connections=most, keepalive_expiry=60
         ),
         follow_redirects=False,
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
@@ -4138,9 +4054,10 @@ def raise_file_limit(asks: int) -> None:
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * asks + 200
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
-            limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def log_start(settings: Settings) -> None:
@@ -4149,28 +4066,8 @@ def log_start(settings: Settings) -> None:
         log.warning("the demo model answers, not OpenAI", remedy="set OPENAI_API_KEY")
     elif not settings.openai_api_key:
         path = Path(".env").absolute()
-        found = "was read" if path.exists() else "was looked for, and is not there"
-        log.warning(
-            "no OPENAI_API_KEY: asks will get 503",
-            env_file=f"{path} {found}",
-            remedy="set it there",
-        )
-
-
-@asynccontextmanager
-async def keeping(database: LogDatabase | None, budget: DailyBudget) -> AsyncIterator[None]:
-    """Keeps *database* and *budget* in step while the service runs."""
-    if database is None:
-        yield
-        return
-    await database.share(budget)  # what was used before a restart
-    keeper = asyncio.create_task(database.keep(budget))
-    try:
-        yield
-    finally:
-        keeper.cancel()
-        await asyncio.wait([keeper])
-        await database.close(budget)
+        found = f"{path} {'was read' if path.exists() else 'was looked for, and is not there'}"
+        log.warning("no OPENAI_API_KEY: asks will get 503", env_file=found, remedy="set it there")
 
 
 @asynccontextmanager
@@ -4183,22 +4080,30 @@ async def lifespan(
     raise_file_limit(settings.max_concurrent_asks)
     log_start(settings)
     admission = Admission(settings)
-    http_client = create_http_client(settings)
-    async with keeping(database, admission.budget), ModelClient(http_client, settings) as client:
-        yield AppState(
-            settings=settings,
-            mask=mask,
-            events=database or ring,
-            upstream=Upstream(client, settings),
-            admission=admission,
-            metrics=Metrics(),
-            models=request_models(settings),
-            started=time.monotonic(),
-        )
-        # uvicorn has just cut what was left, and would be gone before it is closed and logged.
-        deadline = time.monotonic() + 1
-        while admission.asks["active"] and time.monotonic() < deadline:  # noqa: ASYNC110 - it alone
-            await asyncio.sleep(0.01)
+    if database:
+        await database.share(admission.budget)  # what was used before a restart
+    keeper = asyncio.create_task(database.keep(admission.budget)) if database else None
+    try:
+        async with ModelClient(create_http_client(settings), settings) as client:
+            yield AppState(
+                settings=settings,
+                mask=mask,
+                events=database or ring,
+                upstream=Upstream(client, settings),
+                admission=admission,
+                metrics=Metrics(),
+                models=request_models(settings),
+                started=time.monotonic(),
+            )
+            # uvicorn has just cut what was left, and would be gone before it is closed and logged.
+            deadline = time.monotonic() + 1
+            while admission.asks["active"] and time.monotonic() < deadline:  # noqa: ASYNC110 - it alone
+                await asyncio.sleep(0.01)
+    finally:
+        if database and keeper:
+            keeper.cancel()
+            await asyncio.wait([keeper])
+            await database.close(admission.budget)
 
 
 def create_app(settings: Settings) -> ASGIApp:
@@ -4214,14 +4119,14 @@ def create_app(settings: Settings) -> ASGIApp:
             Route("/ask", ask, methods=["POST"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/responses", responses, methods=["POST"]),
-            Route("/v1/models", list_models),
-            Route("/v1/models/{id:path}", retrieve_model),
+            Route("/v1/models", models),
+            Route("/v1/models/{id:path}", models),
             Route("/status", status),
             Route("/logs", logs),
             Route("/metrics", metrics),
             Route("/openapi.json", json_response(openapi(settings)), methods=["GET"]),
-            Route("/docs", swagger_ui(), methods=["GET"]),
-            Route("/redoc", redoc(), methods=["GET"]),
+            Route("/docs", SWAGGER_UI, methods=["GET"]),
+            Route("/redoc", REDOC_UI, methods=["GET"]),
             Route("/", page(), methods=["GET"]),
         ],
         exception_handlers={HTTPException: error_response, Exception: error_response},
@@ -4235,11 +4140,16 @@ def create_app(settings: Settings) -> ASGIApp:
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's own, with a bound on heads and trailers, right where it is odd."""
 
-    # Bytes since the parser last got on, and those of the head and trailers that it has read.
-    unparsed = head_bytes = 0
-    upgrading = False
-    # The request that is answered; `cycle` is the newest, which may wait behind it.
-    running: RequestResponseCycle | None = None
+    # Beside the dict: with these it would be over the 30 names whose table instances can share.
+    __slots__ = ("head_bytes", "running", "unparsed", "upgrading")
+
+    def connection_made(self, transport: Any) -> None:
+        # Bytes since the parser last got on, and those of the head and trailers that it has read.
+        self.unparsed = self.head_bytes = 0
+        self.upgrading = False
+        # The request that is answered; `cycle` is the newest, which may wait behind it.
+        self.running: RequestResponseCycle | None = None
+        super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
         if self.cycle is None and b" HTTP/1.0\r\n" in data[:MAX_HEAD_BYTES]:
@@ -4321,22 +4231,16 @@ def configured_app() -> tuple[Settings, ASGIApp]:
         exit_with(exc, 2)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def main() -> None:
+    settings, app = configured_app()
+    host, port = settings.api_host, settings.api_port
+    family, name = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as exc:
         exit_with(f"cannot listen on API_HOST={host} API_PORT={port}: {exc}", 1)
     # uvloop does this by itself, asyncio would hold small writes back for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
-def main() -> None:
-    settings, app = configured_app()
-    host = settings.api_host
-    listener = listen(host, settings.api_port)
-    name = f"[{host}]" if ":" in host else host
     log.info("listening", url=f"http://{name}:{listener.getsockname()[1]}")
     if not (is_loopback(host) or settings.wants_token):
         log.warning("anyone who can reach this address may ask", remedy="set API_TOKEN")
@@ -4354,14 +4258,10 @@ def main() -> None:
 
 
 @cache
-def default_app() -> ASGIApp:
-    return configured_app()[1]
-
-
 def __getattr__(name: str) -> ASGIApp:
     """`uvicorn service:app` finds its app here (PEP 562), so that an import starts nothing."""
     if name == "app":
-        return default_app()
+        return configured_app()[1]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
