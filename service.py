@@ -608,10 +608,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "unauthorized": (401, "You need to sign in to ask, or to sign in again."),
     "origin_not_allowed": (403, "This origin may not call; CORS_ORIGINS names those that may."),
     "not_found": (404, "There is nothing at this path."),
-    "model_not_found": (
-        404,
-        "This model may not be named here; GET /v1/models lists those that may.",
-    ),
+    "model_not_found": (404, "This model may not be named here; see GET /v1/models."),
     "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
     "request_timeout": (408, "The body did not arrive within CLIENT_TIMEOUT."),
     "body_too_large": (413, "The body is larger than MAX_BODY_BYTES."),
@@ -629,8 +626,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "upstream_timeout": (504, "The model took too long to answer; try again."),
 }
 Code = Annotated[str, Field(json_schema_extra={"enum": [*ERRORS]})]
-# The names of RFC 9110; Python before 3.13 has older ones.
-TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110's, as of Python 3.13
 
 
 class FieldError(TypedDict):
@@ -680,11 +676,7 @@ class OpenAIErrorBody(TypedDict):
 
 @dataclass(frozen=True)
 class UpstreamError:
-    """What the model's API says of a failure, in whatever form that came.
-
-    *status* is that of its answer, or the one that an error in a 200 tells; None where it tells
-    none. *retry_after* is in whole seconds.
-    """
+    """What the model's API says of a failure; *status* is its answer's, or told by the error."""
 
     status: int | None
     message: str = ""
@@ -693,15 +685,7 @@ class UpstreamError:
     type: str | None = None
     innererror: JsonObject | None = None
     retry_after: int | None = None
-    # It came in a 200.
-    in_answer: bool = False
-
-    def masked(self, mask: Mask) -> "UpstreamError":
-        shown: dict[str, Any] = {"message": mask.text(self.message)}
-        shown["innererror"] = self.innererror and mask.value(self.innererror)
-        for name in ("code", "param", "type"):
-            shown[name] = (value := getattr(self, name)) and mask.text(value)[:256]
-        return replace(self, **shown)
+    in_answer: bool = False  # it came in a 200
 
 
 def integral(value: object) -> object:
@@ -711,99 +695,78 @@ def integral(value: object) -> object:
 
 def parse_retry_after(value: str) -> int | None:
     """Whole seconds of a Retry-After header, or to its date (RFC 9110, 10.2.3); a day at most."""
-    with suppress(ValueError, OverflowError):
+    with suppress(ValueError, OverflowError):  # of NaN and infinity too
         try:
             delay = float(value)
         except ValueError:
             delay = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        return math.ceil(min(max(0, delay), 86400)) if math.isfinite(delay) else None
+        return min(max(0, math.ceil(delay)), 86400)
     return None
 
 
 def parse_json(data: bytes | str) -> Any:
-    """JSON as upstreams write it: half surrogate pairs pass, bytes that are no UTF-8 are replaced.
-
-    Raises ValueError for all else.
-    """
-    try:
+    """JSON as upstreams write it, with half surrogate pairs and bad UTF-8; else ValueError."""
+    with suppress(ValueError):
         return from_json(data)
-    except ValueError:
-        text = data.decode("utf-8-sig", "replace") if isinstance(data, bytes) else data
-        try:
-            return json.loads(text)
-        except RecursionError as exc:
-            raise ValueError("nested too deeply") from exc
+    text = data.decode("utf-8-sig", "replace") if isinstance(data, bytes) else data
+    try:
+        return json.loads(text)
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
 
 
 def error_message(error: Any, depth: int = 0) -> str:
     """The sentence in *error*: the body of a refusal, or a part of it, in whatever form."""
-    deeper = partial(error_message, depth=depth + 1)
-    if depth > 8:
+    if depth > 8 or not isinstance(error, str | list | dict):
         return ""
+    deeper = partial(error_message, depth=depth + 1)
+    if isinstance(error, list):
+        return "; ".join(filter(None, map(deeper, error[:10])))
     if isinstance(error, str):
         with suppress(ValueError):  # some quote another server's JSON, some a proxy's page
             if error.lstrip()[:1] in {"{", "["}:
                 return deeper(parse_json(error))
-        page = re.search(r"<(?:!doctype|html|head|body)\b", error, re.IGNORECASE)
-        return "" if page or error.lstrip("\ufeff \r\n\t").startswith("<") else error.strip()
-    if isinstance(error, list):
-        return "; ".join(filter(None, map(deeper, error[:10])))
-    if not isinstance(error, dict):
-        return ""
-    raw, base = (error.get(name) or {} for name in ("metadata", "base_resp"))
+        page = r"\A[\ufeff\s]*<|<(?:!doctype|html|head|body)\b"
+        return "" if re.search(page, error, re.IGNORECASE) else error.strip()
+    raw, base, where = map(error.get, ("metadata", "base_resp", "loc"))
     parts = [
-        raw.get("raw") if isinstance(raw, dict) else None,  # OpenRouter's
+        isinstance(raw, dict) and raw.get("raw"),  # OpenRouter's
         *(each for name in ("error", "errors") if isinstance(each := error.get(name), dict | list)),
         *map(error.get, ("message", "error_message", "detail", "msg", "error")),
-        base.get("status_msg") if isinstance(base, dict) else None,  # MiniMax's
+        isinstance(base, dict) and base.get("status_msg"),  # MiniMax's
     ]
     message = next(filter(None, map(deeper, parts)), "")
-    where = error.get("loc")  # FastAPI's
+    # FastAPI's
     return f"{'.'.join(map(str, where))}: {message}" if isinstance(where, list) else message
 
 
-def status_of(error: Mapping[str, Any]) -> int | None:
-    """The HTTP status that an error tells, as its code or its status."""
-    for name in ("code", "status", "status_code", "statusCode"):
-        told = str(integral(error.get(name)))
-        if re.fullmatch("[45][0-9]{2}", told):
-            return int(told)
-    return None
-
-
 def read_error(value: Any, status: int | None = None, retry_after: str = "") -> UpstreamError:
-    """What *value*, the body of a refusal or an error in a 200, says; *status* is the answer's.
+    """What the body of a refusal with *status*, or an error in a 200, says.
 
     What stands deeper in it, in `error` for instance, is the nearer.
     """
-    in_answer = status is None
-    error: Any = value
+    in_answer, error = status is None, value
     fields: dict[str, Any] = {}
     while isinstance(error, dict | list) and error:
         if isinstance(error, list):
             error = error[0]
             continue
-        status = status or status_of(error)
-        fields = {**fields, **error}
+        told = map(error.get, ("code", "status", "status_code", "statusCode"))
+        codes = (int(n) for n in map(str, map(integral, told)) if re.fullmatch("[45][0-9]{2}", n))
+        status = status or next(codes, None)
+        fields |= error
         inner_parts = map(error.get, ("error", "errors", "detail", "message"))
         error = next((each for each in inner_parts if isinstance(each, dict | list)), None)
-    words = {name: fields.get(name) for name in ("code", "param", "type")}
-    inner = fields.get("innererror")
-    return UpstreamError(
-        status=status,
-        message=error_message(value),
-        innererror=inner if isinstance(inner, dict) else None,
-        retry_after=parse_retry_after(retry_after),
-        in_answer=in_answer,
-        **{name: each for name, each in words.items() if isinstance(each, str) and each},
-    )
+    kinds = {"code": str, "param": str, "type": str, "innererror": dict}
+    more = {n: fields[n] for n, kind in kinds.items() if isinstance(fields.get(n), kind)}
+    more["retry_after"] = parse_retry_after(retry_after)
+    return UpstreamError(status, error_message(value), in_answer=in_answer, **more)
 
 
 class Failure(HTTPException):
     """One of ERRORS: a status before the first byte of an answer, an event after it.
 
-    *upstream* is what the model's API said, where it was that which failed, and *cause* the class
-    of what else stands behind it: both for the log.
+    For the log: *upstream* is what the model's API said, *cause* the class of what else failed.
     """
 
     def __init__(
@@ -821,6 +784,7 @@ class Failure(HTTPException):
         waiting = {} if retry_after is None else {"Retry-After": str(retry_after)}
         detail = detail or sentence.format(retry_after)
         super().__init__(status, detail, {**(headers or {}), **waiting})
+        self.title = TITLES.get(status) or HTTPStatus(status).phrase
         self.code: Code = code
         self.retry_after = retry_after
         self.errors = list(errors)
@@ -830,11 +794,8 @@ class Failure(HTTPException):
     def mask(self, mask: Mask) -> None:
         """Mask what the model's API said: it may quote a key."""
         if self.upstream:
-            self.upstream, self.detail = self.upstream.masked(mask), mask.text(self.detail)
-
-    @property
-    def title(self) -> str:
-        return TITLES.get(self.status_code) or HTTPStatus(self.status_code).phrase
+            shown: dict[str, Any] = {k: mask.value(v) for k, v in vars(self.upstream).items()}
+            self.upstream, self.detail = UpstreamError(**shown), mask.text(self.detail)
 
     def problem(self, request_id: str) -> Problem:
         problem = Problem(
@@ -859,37 +820,27 @@ class Failure(HTTPException):
         return event
 
     @property
-    def refused_upstream(self) -> UpstreamError | None:
+    def theirs(self) -> UpstreamError:
         """What the model's API said of this very request, which programs branch on."""
-        return self.upstream if self.code in {"upstream_rejected", "rate_limited"} else None
-
-    @property
-    def openai_status(self) -> int:
-        theirs = self.refused_upstream and self.refused_upstream.status
-        return theirs if theirs in {404, 413, 422} else self.status_code
+        return (self.code in ABOUT_THE_REQUEST and self.upstream) or UpstreamError(None)
 
     def openai_error(self) -> OpenAIErrorBody:
+        theirs, fields = self.theirs, self.errors if self.code == "invalid_request" else []
+        wrong = "; ".join(f"{each['field']}: {each['detail']}" for each in fields)
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         usual = "server_error" if self.status_code >= 500 else "invalid_request_error"
         error = OpenAIErrorDetail(
-            message=self.detail,
-            type=kinds.get(self.status_code, usual),
-            param=self.errors[0]["field"] if self.errors else None,
-            code=self.code,
+            message=wrong or self.detail,
+            type=theirs.type or kinds.get(self.status_code, usual),
+            param=self.errors[0]["field"] if self.errors else theirs.param,
+            code=theirs.code or self.code,
         )
-        if self.errors and self.code == "invalid_request":
-            error["message"] = "; ".join(
-                f"{each['field']}: {each['detail']}" for each in self.errors
-            )
-        if theirs := self.refused_upstream:
-            error["code"] = theirs.code or error["code"]
-            error["type"] = theirs.type or error["type"]
-            error["param"] = theirs.param
-            if theirs.innererror:
-                error["innererror"] = theirs.innererror
+        if theirs.innererror:
+            error["innererror"] = theirs.innererror
         return {"error": error}
 
 
+ABOUT_THE_REQUEST = {"upstream_rejected", "rate_limited"}
 # The upstream's status as a code of ours; every other one is an upstream_error.
 UPSTREAM_CODES: dict[int | None, Code] = {
     **dict.fromkeys((400, 402, 404, 413, 422), "upstream_rejected"),
@@ -901,18 +852,13 @@ UPSTREAM_CODES: dict[int | None, Code] = {
 def from_upstream(error: UpstreamError) -> Failure:
     """*error* as ours; its message only where it is about the client's own request."""
     code = UPSTREAM_CODES.get(error.status, "upstream_error")
-    told = error.message if code in {"upstream_rejected", "rate_limited"} else ""
+    told = error.message if code in ABOUT_THE_REQUEST else ""
     waits = error.retry_after if error.status in {429, 503, 529} else None
     return Failure(code, told, retry_after=waits, upstream=error)
 
 
-def json_response(
-    value: object,
-    status: int = 200,
-    headers: Mapping[str, str] | None = None,
-    media_type: str = JSON,
-) -> Response:
-    return Response(utf8_json(to_json(value)), status, headers, media_type)
+def json_response(value: object, status: int = 200, media_type: str = JSON) -> Response:
+    return Response(utf8_json(to_json(value)), status, media_type=media_type)
 
 
 V1_PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/models")
@@ -921,16 +867,20 @@ ASK_PATHS = frozenset({"/ask", *V1_PATHS[:2]})
 
 def route_path(scope: Scope) -> str:
     """The path of the request, without the prefix that `--root-path` names."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    return cast(str, scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def failure_response(scope: Scope, failure: Failure) -> Response:
     """Problem JSON, but under `/v1` what OpenAI's libraries read."""
     if f"{route_path(scope)}/".startswith("/v1/"):
-        return json_response(failure.openai_error(), failure.openai_status, failure.headers)
-    problem = failure.problem(get_contextvars()["request_id"])
-    return json_response(problem, failure.status_code, failure.headers, PROBLEM)
+        theirs = failure.theirs.status
+        status = theirs if theirs in {404, 413, 422} else failure.status_code
+        response = json_response(failure.openai_error(), status)
+    else:
+        problem = failure.problem(get_contextvars()["request_id"])
+        response = json_response(problem, failure.status_code, PROBLEM)
+    response.headers.update(failure.headers or {})
+    return response
 
 
 @dataclass(frozen=True, slots=True)
@@ -1139,24 +1089,20 @@ class Admission:
         self.budget.spend(tokens)
 
 
-def bounded_integer(low: int, high: int | None = None) -> Any:
+def bounded_integer(low: int, high: int) -> Any:
     # The bounds first: behind a validator they would be lost to the schema.
     return Annotated[int, Field(ge=low, le=high), BeforeValidator(integral)]
 
 
-class Turn(BaseModel):
+class Turn(BaseModel, strict=True, extra="forbid"):
     """One earlier turn of the conversation."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Ask(BaseModel):
+class Ask(BaseModel, strict=True, extra="forbid"):
     """What is left out is not sent to the model, whose own default then holds."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     prompt: str = Field(pattern=r"\S", description="What the user says now; not blank.")
     history: Annotated[list[Turn], FailFast()] = Field(
@@ -1175,10 +1121,8 @@ class Ask(BaseModel):
     )
 
 
-class ChatCompletionRequest(BaseModel):
+class ChatCompletionRequest(BaseModel, strict=True, extra="allow"):
     """OpenAI's own request; further fields (tools, images, ...) go upstream as they come."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
     messages: list[Any] = Field(min_length=1, json_schema_extra={"items": {"type": "object"}})
@@ -1186,10 +1130,8 @@ class ChatCompletionRequest(BaseModel):
     stream_options: dict[str, Any] | None = None
 
 
-class ResponsesRequest(BaseModel):
+class ResponsesRequest(BaseModel, strict=True, extra="allow"):
     """OpenAI's own request; further fields (tools, text, ...) go upstream as they come."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
     input: Annotated[str, Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)]
@@ -1197,9 +1139,7 @@ class ResponsesRequest(BaseModel):
     background: Literal[False] | None = None
 
 
-class LogsQuery(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class LogsQuery(BaseModel, strict=True):
     limit: int = Field(100, ge=1, le=1000, description="At most so many events, the newest.")
     level: Level | MISSING = Field(
         MISSING, description="Only events of exactly this level, in any case."
@@ -1217,66 +1157,63 @@ class RequestModels(NamedTuple):
 def request_models(settings: Settings) -> RequestModels:
     literal: Any = Literal
     left_out: Any = MISSING
-    ask: dict[str, Any] = {
-        "model": (literal[settings.models] | left_out, Ask.model_fields["model"])
-    }
+    known = Ask.model_fields
+    ask: dict[str, Any] = {"model": (literal[settings.models] | left_out, known["model"])}
     chat: dict[str, Any] = {}
-    responses: dict[str, Any] = {}
+    newer: dict[str, Any] = {}
     if settings.system_prompt:
         roles: Any = Literal["user", "assistant"]
         turn: Any = create_model("Turn", __base__=Turn, role=(roles, ...))
-        turns: Any = Annotated[list[turn], FailFast()]
-        ask["history"] = (turns, Ask.model_fields["history"])
+        ask["history"] = (Annotated[list[turn], FailFast()], known["history"])
         # A stored template may hold a message of the operator's kind as well.
-        responses["instructions"] = responses["prompt"] = (None, None)
+        newer["instructions"] = newer["prompt"] = (None, None)
     if limit := settings.max_output_tokens:
-        bounded = bounded_integer(1, limit)
-        ask["max_tokens"] = (bounded | left_out, Ask.model_fields["max_tokens"])
-        chat["max_tokens"] = chat["max_completion_tokens"] = (bounded | None, None)
+        bound = bounded_integer(1, limit)
+        ask["max_tokens"] = (bound | left_out, known["max_tokens"])
+        chat["max_tokens"] = chat["max_completion_tokens"] = (bound | None, None)
         # llama.cpp's own name, which wins over the other two there, in the newer API as well.
-        chat["n_predict"] = (bounded | left_out, MISSING)
+        chat["n_predict"] = (bound | left_out, MISSING)
         chat["n"] = (bounded_integer(1, 1) | None, None)
-        responses |= chat | {"max_output_tokens": (bounded | None, None)}
+        newer |= chat | {"max_output_tokens": (bound | None, None)}
     return RequestModels(
         create_model("Ask", __base__=Ask, **ask),
         create_model("ChatCompletionRequest", __base__=ChatCompletionRequest, **chat),
-        create_model("ResponsesRequest", __base__=ResponsesRequest, **responses),
+        create_model("ResponsesRequest", __base__=ResponsesRequest, **newer),
     )
 
 
-def bounded(values: JsonObject, known: Collection[str]) -> JsonObject:
-    """*values* with the first 100 unknown fields alone: each of 100,000 would be an error."""
-    if len(values) <= 100 + len(known):
-        return values
-    unknown = itertools.islice((name for name in values if name not in known), 100)
-    return {name: values[name] for name in (*(values.keys() & known), *unknown)}
+def bounded(value: Any, model: type[BaseModel]) -> Any:
+    """*value* with its first 100 unknown fields alone: each of 100,000 would be an error."""
+    known = model.model_fields.keys()
+    if not isinstance(value, dict) or len(value) <= 100 + len(known):
+        return value
+    unknown = itertools.islice((name for name in value if name not in known), 100)
+    return {name: value[name] for name in (*(value.keys() & known), *unknown)}
 
 
 def validate(model: type[M], values: JsonObject) -> M:
-    """*values* as a *model*; raises a Failure that names every wrong field, the first 100.
-
-    Of wrong turns in `history` the first stands for all.
-    """
-    values = bounded(values, model.model_fields.keys())
-    if isinstance(turns := values.get("history"), list):
-        known = Turn.model_fields.keys()
-        few = [bounded(turn, known) if isinstance(turn, dict) else turn for turn in turns[:1001]]
-        values = {**values, "history": cast(JsonValue, few)}
+    """*values* as a *model*; else a Failure names the first 100 wrong fields, of turns of one."""
+    few = bounded(values, model)
+    if isinstance(turns := few.get("history"), list):
+        few = {**few, "history": [bounded(turn, Turn) for turn in turns[:1001]]}
     try:
-        return model.model_validate(values)
+        return model.model_validate(few)
     except ValidationError as exc:
-        errors: dict[str, str] = {}
+        errors: dict[str, FieldError] = {}
         found = exc.errors(include_url=False, include_input=False, include_context=False)
         for error in found[:100]:
             # The one pattern there is means this, and its own message would quote it.
             blank = error["type"] == "string_pattern_mismatch"
             detail = "Input should not be blank" if blank else error["msg"]
             # Only turns have fields below; elsewhere the branches of a union are named there.
-            name, *below = error["loc"]
-            where = [name, *(part for part in below if name == "history")]
-            errors.setdefault(".".join(map(str, where)), detail)
-        wrong = [FieldError(field=name, detail=detail) for name, detail in errors.items()]
-        raise Failure("invalid_request", errors=wrong) from exc
+            where = error["loc"] if error["loc"][0] == "history" else error["loc"][:1]
+            name = ".".join(map(str, where))
+            errors.setdefault(name, FieldError(field=name, detail=detail))
+        raise Failure("invalid_request", errors=errors.values()) from exc
+
+
+def wrong_field(name: str, detail: str, code: Code = "invalid_request") -> Failure:
+    return Failure(code, errors=[FieldError(field=name, detail=detail)])
 
 
 # OpenAI's names in a request, and those that are read here in a message or an input item.
@@ -1287,62 +1224,54 @@ MESSAGE_FIELDS |= {"tool_call_id", "function_call", "id", "status", "summary", "
 MESSAGE_FIELDS |= {"arguments", "output"}
 
 
-def misnamed(values: Collection[str], known: frozenset[str], where: str = "") -> list[FieldError]:
-    """An error for each name that some upstreams, in Go for one, would read as a *known* one."""
-    return [
+def check_names(values: Collection[str], known: frozenset[str], where: str = "") -> None:
+    """Raises a Failure for names that some upstreams, in Go for one, would read as *known* ones."""
+    wrong = [
         FieldError(field=where + name, detail=f"Write it as {name.casefold()!r}")
         for name in values
         if name not in known and name.casefold() in known
     ]
+    if wrong:
+        raise Failure("invalid_request", errors=wrong[:100])
 
 
-def check_messages(name: str, messages: list[Any], *, operators: bool) -> None:
-    """Raises a Failure for the first message that is none, or of a kind that is the operator's.
-
-    That is so where *operators* says that there is a SYSTEM_PROMPT.
-    """
+def check_messages(name: str, messages: list[Any], settings: Settings) -> None:
+    """Raises a Failure for a message that is none, or that only the operator may write."""
     for index, message in enumerate(messages):
         where = f"{name}.{index}"
         if not isinstance(message, dict):
-            error = FieldError(field=where, detail="Input should be an object")
-            raise Failure("invalid_request", errors=[error])
-        if wrong := misnamed(message, MESSAGE_FIELDS, f"{where}."):
-            raise Failure("invalid_request", errors=wrong[:100])
+            raise wrong_field(where, "Input should be an object")
+        check_names(message, MESSAGE_FIELDS, f"{where}.")
         role = message.get("role")
-        if operators and role not in ("user", "assistant", "tool", "function"):
-            if name == "input" and role is None:
-                continue
-            error = FieldError(field=f"{where}.role", detail="The operator has set a SYSTEM_PROMPT")
-            raise Failure("invalid_request", errors=[error])
+        if name == "input" and role is None:
+            continue
+        if settings.system_prompt and role not in ("user", "assistant", "tool", "function"):
+            raise wrong_field(f"{where}.role", "The operator has set a SYSTEM_PROMPT")
 
 
 async def discard_body(receive: Receive) -> None:
     """Read on for a moment: many clients look for the answer only once they have sent it all."""
     with suppress(TimeoutError):
         async with asyncio.timeout(1):
-            more = True
-            while more:
-                async with asyncio.timeout(0.1):
-                    more = (await receive()).get("more_body", False)
+            while (await asyncio.wait_for(receive(), 0.1)).get("more_body"):
+                pass
 
 
 async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
     """The JSON object in the body; raises 400, 408, 413 or 415."""
-    media_type = request.headers.get("content-type", "").partition(";")[0]
-    if media_type.strip().lower() != JSON:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise Failure("unsupported_media_type")
     too_large = int(request.headers.get("content-length", 0)) > settings.max_body_bytes
-    body = bytearray()
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(settings.client_timeout):
-            more = not too_large
-            while more:
+            while more and not too_large:  # Starlette's stream() costs 4 us
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
                 body += message.get("body", b"")
                 too_large = len(body) > settings.max_body_bytes
-                more = message.get("more_body", False) and not too_large
+                more = message.get("more_body", False)
     except TimeoutError as exc:
         raise Failure("request_timeout", headers={"Connection": "close"}) from exc
     if too_large:
@@ -1350,7 +1279,7 @@ async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
             await discard_body(request.receive)
         raise Failure("body_too_large")
     try:
-        value = from_json(bytes(body), allow_inf_nan=False)
+        value = from_json(body, allow_inf_nan=False)
     except ValueError as exc:
         raise Failure("invalid_json", f"The body is not JSON in UTF-8: {exc}") from exc
     if not isinstance(value, dict):
@@ -1396,97 +1325,76 @@ def with_operators_fields(body: JsonObject, caller: Caller, settings: Settings) 
 
 
 def chat_request(
-    caller: Caller,
-    settings: Settings,
-    *,
-    model: str,
-    messages: list[Any],
-    stream: bool,
-    token_limit: JsonValue,
-    more: JsonObject,
-    prompt_chars: int,
+    body: JsonObject, token_limit: JsonValue, prompt_chars: int, caller: Caller, settings: Settings
 ) -> ModelRequest:
-    """A chat completion; *more* is all other fields, `temperature` among them."""
+    """A chat completion, whose *body* has all but the *token_limit* and what the operator adds."""
+    model, stream = cast(str, body["model"]), bool(body["stream"])
     if settings.system_prompt:
-        messages = [{"role": "system", "content": settings.system_prompt}, *messages]
-    body: JsonObject = {"model": model, "messages": messages, "stream": stream, **more}
+        first: JsonObject = {"role": "system", "content": settings.system_prompt}
+        body["messages"] = [first, *cast(list[JsonValue], body["messages"])]
     if stream:
-        asked = body.get("stream_options")
-        own: JsonObject = {"include_usage": True}
-        body["stream_options"] = {**asked, **own} if isinstance(asked, dict) else own
+        options = body.get("stream_options")
+        usage: JsonObject = {"include_usage": True}
+        body["stream_options"] = {**options, **usage} if isinstance(options, dict) else usage
     if token_limit is not None:
         body[settings.token_field] = token_limit
     body = with_operators_fields(body, caller, settings)
     return ModelRequest(caller, "chat/completions", model, stream, body, prompt_chars)
 
 
-def read_ask(body: Ask, caller: Caller, settings: Settings, *, stream: bool) -> ModelRequest:
-    question: JsonObject = {"role": "user", "content": body.prompt}
-    return chat_request(
-        caller,
-        settings,
-        model=settings.openai_model if body.model is MISSING else body.model,
-        messages=[*(turn.model_dump() for turn in body.history), question],
-        stream=stream,
-        token_limit=settings.max_output_tokens if body.max_tokens is MISSING else body.max_tokens,
-        more={} if body.temperature is MISSING else {"temperature": body.temperature},
-        prompt_chars=len(body.prompt),
-    )
-
-
 def allowed_model(name: str | MISSING, settings: Settings) -> str:
     if name is MISSING:
         return settings.openai_model
     if name not in settings.models:
-        wrong = FieldError(field="model", detail="This model may not be named here")
-        raise Failure("model_not_found", errors=[wrong])
+        raise wrong_field("model", "This model may not be named here", "model_not_found")
     return name
 
 
-def checked(model: type[M], values: JsonObject, known: frozenset[str]) -> M:
-    """*values* as a *model*, which has no name that an upstream may read as another one."""
-    if wrong := misnamed(values, known):
-        raise Failure("invalid_request", errors=wrong[:100])
-    return validate(model, values)
+def read_ask(ask: Ask, caller: Caller, settings: Settings, *, stream: bool) -> ModelRequest:
+    model = allowed_model(ask.model, settings)
+    question: JsonObject = {"role": "user", "content": ask.prompt}
+    messages: JsonValue = [*(turn.model_dump() for turn in ask.history), question]
+    body: JsonObject = {"model": model, "messages": messages, "stream": stream}
+    if ask.temperature is not MISSING:
+        body["temperature"] = ask.temperature
+    limit = settings.max_output_tokens if ask.max_tokens is MISSING else ask.max_tokens
+    return chat_request(body, limit, len(ask.prompt), caller, settings)
 
 
 def read_chat(
     values: JsonObject, model: type[ChatCompletionRequest], caller: Caller, settings: Settings
 ) -> ModelRequest:
-    body = checked(model, values, CHAT_FIELDS)
-    check_messages("messages", body.messages, operators=bool(settings.system_prompt))
-    limits = [integral(values[name]) for name in OTHER_NAME if values.get(name) is not None]
+    check_names(values, CHAT_FIELDS)
+    asked = validate(model, values)
+    check_messages("messages", asked.messages, settings)
+    name = allowed_model(asked.model, settings)
+    limits: list[Any] = [integral(n) for n in map(values.get, OTHER_NAME) if n is not None]
     if all(isinstance(limit, int) for limit in limits):
-        limits.sort(key=lambda limit: cast(int, limit))
+        limits.sort()
     own = {"model", "messages", "stream", *OTHER_NAME}
-    return chat_request(
-        caller,
-        settings,
-        model=allowed_model(body.model, settings),
-        messages=body.messages,
-        stream=bool(body.stream),
-        token_limit=cast(JsonValue, limits[0]) if limits else settings.max_output_tokens,
-        more={name: value for name, value in values.items() if name not in own},
-        prompt_chars=sum(map(len, texts_of(body.messages))),
-    )
+    body: JsonObject = {"model": name, "messages": asked.messages, "stream": bool(asked.stream)}
+    body |= {name: value for name, value in values.items() if name not in own}
+    chars = sum(map(len, texts_of(asked.messages)))
+    limit = limits[0] if limits else settings.max_output_tokens
+    return chat_request(body, limit, chars, caller, settings)
 
 
 def read_responses(
     values: JsonObject, model: type[ResponsesRequest], caller: Caller, settings: Settings
 ) -> ModelRequest:
-    body = checked(model, values, RESPONSES_FIELDS)
-    items = [{"content": body.input}] if isinstance(body.input, str) else body.input
-    check_messages("input", items, operators=bool(settings.system_prompt))
-    name = allowed_model(body.model, settings)
-    sent: JsonObject = {**values, "model": name}
+    check_names(values, RESPONSES_FIELDS)
+    asked = validate(model, values)
+    items = [{"content": asked.input}] if isinstance(asked.input, str) else asked.input
+    check_messages("input", items, settings)
+    name = allowed_model(asked.model, settings)
+    body: JsonObject = {**values, "model": name}
     if settings.system_prompt:
-        sent["instructions"] = settings.system_prompt
-    bound = values.get("max_output_tokens") or settings.max_output_tokens
-    if bound is not None:
-        sent["max_output_tokens"] = bound
-    sent = with_operators_fields(sent, caller, settings)
+        body["instructions"] = settings.system_prompt
+    if bound := values.get("max_output_tokens") or settings.max_output_tokens:
+        body["max_output_tokens"] = bound
+    body = with_operators_fields(body, caller, settings)
     chars = sum(map(len, texts_of(items)))
-    return ModelRequest(caller, "responses", name, bool(body.stream), sent, chars)
+    return ModelRequest(caller, "responses", name, bool(asked.stream), body, chars)
 
 
 class Event(NamedTuple):
@@ -2177,34 +2085,23 @@ def refused_field(error: UpstreamError, sent: Collection[str]) -> str | None:
     """The field, one of those *sent*, that a refusal says the model does not take.
 
     By its code, param, loc or message, since proxies change codes and servers have words of their
-    own. A value out of range is no such refusal. What a caller wrote and the upstream quotes may
-    be taken for one: that costs a call, and teaches nothing, since the next one does not help.
+    own. What a caller wrote and the upstream quotes may be taken for such a refusal: that costs a
+    call, and teaches nothing, since the next one does not help.
     """
     where = error.param or ""
     told = f"{error.code or ''} {where}: {error.message[:10_000]}"
-    if error.status not in {400, 422} or OUT_OF_RANGE.search(told):
+    names = [name for name in ([where] if where in ADAPTABLE else ADAPTABLE) if name in sent]
+    if error.status not in {400, 422} or not names or OUT_OF_RANGE.search(told):
         return None
-    named = where if where in ADAPTABLE else ""
-    names = [name for name in ADAPTABLE if name in sent and named in {"", name}]
+    field = re.compile(rf"(?<!\w)(?:{'|'.join(names)})(?!\w)")
     # A sentence that names the field and refuses it, or else two, of which the second refuses it;
     # a full stop in a number ends none.
     sentences = re.split(r"[.;!]\s|\n", told)
-    for text in (*sentences, *itertools.starmap("{} {}".format, itertools.pairwise(sentences))):
-        found = (re.search(rf"(?<!\w){name}(?!\w)", text) for name in names)
-        places = {each.start(): each[0] for each in found if each}
-        refused = NOT_TAKEN.search(text)
-        if places and refused and (text in sentences or min(places) < refused.start()):
-            return places[min(places)]
+    for text in (*sentences, *map(" ".join, itertools.pairwise(sentences))):
+        named, refused = field.search(text), NOT_TAKEN.search(text)
+        if named and refused and (text in sentences or named.start() < refused.start()):
+            return named[0]
     return None
-
-
-def adapted(body: JsonObject, refused: Collection[str]) -> JsonObject:
-    """*body* without the fields that are *refused*, max_tokens under its other name."""
-    kept = {name: value for name, value in body.items() if name not in refused}
-    for name, other in OTHER_NAME.items():
-        if name in refused and name in body and other not in refused:
-            kept[other] = body[name]
-    return kept
 
 
 IMAGE = re.compile(rb'(?<!\\)"data:image/[^"\\]*+"')
@@ -2225,35 +2122,27 @@ def estimated_tokens(content: bytes) -> int:
 
 
 class ModelClient(AsyncOpenAI):
-    """AsyncOpenAI with one method more: it sends a body that is encoded, and returns the answer.
+    """AsyncOpenAI with one method more, which posts a body that is already encoded.
 
-    The library's own `post` parses the URL four times and merges headers three times: 450 us where
-    this takes 41, which is most of what a short answer costs.
+    The library's own `post` takes 450 us, most of what a short answer costs; this takes 41.
     """
 
     def __init__(self, http_client: httpx2.AsyncClient, settings: Settings) -> None:
+        agent = f"openai-backend/{VERSION}"
         super().__init__(
-            # Without a key no ask gets as far as this; the client insists on one.
-            api_key=settings.openai_api_key or "none",
+            api_key=settings.openai_api_key or "none",  # without a key no ask gets as far as this
             base_url=settings.openai_base_url,
             http_client=http_client,
-            # Tries and Exchange see to both; a timer for each read is dear.
-            timeout=None,
+            timeout=None,  # Exchange sees to it; a timer for each read is dear
             max_retries=0,
-            default_headers={
-                "Accept-Encoding": "identity",
-                "User-Agent": f"openai-backend/{VERSION}",
-            },
+            default_headers={"Accept-Encoding": "identity", "User-Agent": agent},
         )
         self.http_client = http_client
         own = {**self.default_headers, **self.auth_headers}
         # Some are objects that say "left out"; X-Stainless tells of this machine.
+        kept = [name for name in own if not name.startswith("X-Stainless")]
         self.own_headers = httpx2.Headers(
-            {
-                name: value
-                for name, value in own.items()
-                if isinstance(value, str) and not name.startswith("X-Stainless")
-            }
+            {name: value for name in kept if isinstance(value := own[name], str)}
         )
         self.urls = {path: self.base_url.join(path) for path in ("chat/completions", "responses")}
 
@@ -2270,8 +2159,7 @@ async def raise_refusal(response: httpx2.Response) -> None:
     """A hook of the HTTP client: what is no 200 is read here, no more of it than may be."""
     if response.status_code == 200:
         return
-    status, body = response.status_code, bytearray()
-    cause = None
+    body, cause = bytearray(), None
     try:
         async for read in response.aiter_bytes():
             body += read
@@ -2282,22 +2170,11 @@ async def raise_refusal(response: httpx2.Response) -> None:
     except httpx2.RequestError:  # the status is known all the same
         body.clear()
         cause = "a refusal without end"
-    try:
+    value: Any = body.decode("utf-8", "replace").strip()[:2000] if len(body) < 10_000 else ""
+    with suppress(ValueError):
         value = parse_json(bytes(body))
-    except ValueError:
-        value = body.decode("utf-8", "replace").strip()[:2000] if len(body) < 10_000 else ""
-    failure = from_upstream(read_error(value, status, response.headers.get("retry-after", "")))
-    raise Failure("upstream_error", upstream=failure.upstream, cause=cause) if cause else failure
-
-
-def connection_failure(exc: Exception) -> Failure:
-    """The failure of a request without an answer: there was no connection, or it was closed.
-
-    The aiohttp transport has one class for both, and aiohttp these words for the former.
-    """
-    unreachable = isinstance(exc, httpx2.ConnectError) or "Cannot connect to host" in str(exc)
-    code = "upstream_unreachable" if unreachable else "upstream_error"
-    return Failure(code, cause=type(exc).__name__)
+    error = read_error(value, response.status_code, response.headers.get("retry-after", ""))
+    raise Failure("upstream_error", upstream=error, cause=cause) if cause else from_upstream(error)
 
 
 class Upstream:
@@ -2331,10 +2208,7 @@ class Upstream:
         try:
             async with asyncio.timeout(5):
                 response = await self.client.get(
-                    "/models",
-                    cast_to=httpx2.Response,
-                    stream=True,
-                    stream_cls=AsyncStream[object],
+                    "/models", cast_to=httpx2.Response, stream=True, stream_cls=AsyncStream[object]
                 )
                 await cast(httpx2.Response, response).aclose()
                 return True
@@ -2359,8 +2233,8 @@ class Tries:
         self.fixed = (upstream.settings.openai_extra_body or {}).keys()
         known = upstream.refused.get(request.model, frozenset())
         self.refused: Set[str] = known & self.adaptable(request.body)
-        # Those of `refused` that this request has met with, and those after which the model had no
-        # more, or another, to refuse.
+        # Those that this request has met with, and those that were not refused in vain: behind
+        # them the model had no more, or another, to refuse.
         self.adapted: Set[str] = frozenset()
         self.helpful: Set[str] = frozenset()
         self.message = ""
@@ -2375,7 +2249,12 @@ class Tries:
         return body.keys() & set(names) - self.fixed
 
     def encode(self) -> None:
-        self.body = adapted(self.request.body, self.refused)
+        """The body without what is refused, max_tokens under its other name."""
+        asked, refused = self.request.body, self.refused
+        self.body = {name: value for name, value in asked.items() if name not in refused}
+        for name, other in OTHER_NAME.items():
+            if name in refused and name in asked and other not in refused:
+                self.body[other] = asked[name]
         try:
             self.content = utf8_json(to_json(self.body))
         except ValueError as exc:
@@ -2392,23 +2271,23 @@ class Tries:
         try:
             return await self.upstream.client.send(path, self.content)
         except Failure as failure:
-            error = failure.upstream
-            unknown = error and (error.status == 405 or (error.status == 404 and not error.code))
-            if error and unknown and path == "responses":
-                told = UpstreamError(400, NO_RESPONSES_API)
-                cause = f"HTTP {error.status}"
-                raise Failure(
-                    "upstream_rejected", NO_RESPONSES_API, upstream=told, cause=cause
-                ) from None
-            raise
+            error = failure.upstream or UpstreamError(None)
+            unknown = error.status == 405 or (error.status == 404 and not error.code)
+            if path == "chat/completions" or not unknown:
+                raise
+            told, cause = UpstreamError(400, NO_RESPONSES_API), f"HTTP {error.status}"
+            raise Failure("upstream_rejected", told.message, upstream=told, cause=cause) from None
         except Exception as exc:  # httpx2's, and aiohttp's own, which it lets through
-            raise connection_failure(exc) from exc
+            # For no connection and a closed one the aiohttp transport has one class.
+            no_way = isinstance(exc, httpx2.ConnectError) or "Cannot connect to host" in str(exc)
+            code = "upstream_unreachable" if no_way else "upstream_error"
+            raise Failure(code, cause=type(exc).__name__) from exc
 
     def adapt(self, failure: Failure) -> bool:
         """Whether the model refused a field that can be left out or renamed; now it is."""
-        error = failure.upstream
-        name = refused_field(error, self.adaptable(self.body)) if error else None
-        if error is None or name is None or OTHER_NAME.get(name, name) in self.adapted:
+        error = failure.upstream or UpstreamError(None)
+        name = refused_field(error, self.adaptable(self.body))
+        if name is None or OTHER_NAME.get(name, name) in self.adapted:
             return False
         if error.message == self.message:  # so the last one did not help
             self.helpful = frozenset()
@@ -2423,13 +2302,12 @@ class Tries:
         if self.adapt(failure):
             return 0
         self.failed += 1
-        error = failure.upstream
-        status = error.status if error else None
-        if self.failed > self.upstream.settings.openai_max_retries:
+        error = failure.upstream or UpstreamError(None)
+        final = error.status is not None and error.status < 500
+        final = final and error.status not in {408, 409, 429}
+        if final or self.failed > self.upstream.settings.openai_max_retries:
             return None
-        if status is not None and status < 500 and status not in {408, 409, 429}:
-            return None
-        if error and error.retry_after is not None:
+        if error.retry_after is not None:
             return error.retry_after if error.retry_after <= 2 else None
         return random.uniform(0.75, 1) * min(8.0, math.ldexp(0.25, self.failed - 1))
 
@@ -3719,7 +3597,7 @@ const TOLD = { // what a failure is told as; every other code has the service's 
     "(or `OPENAI_API_KEY=demo`, to try it without one), and start the service again.",
   unauthorized: "This service wants a valid token. It is kept in this tab only.",
   body_too_large: "This conversation is too long to send. Begin a new one.",
-  upstream_auth: "The model’s provider did not accept the service’s key: check `OPENAI_API_KEY`.",
+  upstream_auth: "The model's provider did not accept the service's key: check `OPENAI_API_KEY`.",
   unreachable: "The service cannot be reached. Is it still running?",
   broken: "The answer broke off. What you see is not all of it.",
 };
@@ -3935,7 +3813,7 @@ async function showLog() {
   } catch (failure) {
     if (failure.code !== "unauthorized") return;
     locked = token("log");
-    say(page.note, "The log wants the operator’s token: `ADMIN_TOKEN`, or else `API_TOKEN`.");
+    say(page.note, "The log wants the operator's token: `ADMIN_TOKEN`, or else `API_TOKEN`.");
     page.wanted.replaceChildren(tokenForm("log", showLog));
   }
 }
