@@ -3403,7 +3403,9 @@ def operation(
 
 def event_stream(event: object, example: bytes) -> dict[str, Any]:
     """The content of a stream, an event as OpenAPI 3.2 models it in its itemSchema."""
-    data = {"anyOf": [{"contentMediaType": JSON, "contentSchema": event}, {"const": "[DONE]"}]}
+    data = {"anyOf": [{"contentMediaType": JSON, "contentSchema": event}]}
+    if example.endswith(END_MARK):
+        data["anyOf"].append({"const": "[DONE]"})
     properties = {"data": {"type": "string", **data}}
     schema = {"type": "object", "properties": properties, "required": ["data"]}
     return {SSE: {"schema": schema, "example": example.decode()}}
