@@ -1755,7 +1755,8 @@ class ResponsesFold(Fold):
         """As ChatFold's: here an event has two lines, and those of type `delta` need no look."""
         events, odd = divmod(block.count(b"\n"), 3)
         deltas = block.count(b'.delta","')
-        if self.number < 0 or odd or deltas != events or b'"error' in block:
+        named = block.count(b".delta\ndata: ")
+        if self.number < 0 or odd or not deltas == named == events or b'"error' in block:
             return 0
         if b'"sequence_number"' in block:
             self.unread = block
@@ -2022,8 +2023,12 @@ class PassedEvents(PassedJSON):
 class ChatCompletionEvents(PassedEvents):
     """Chat completion chunks; the usage chunk only where the client has asked for it."""
 
-    def __init__(self, include_usage: bool) -> None:
-        self.include_usage = include_usage
+    def __init__(self, include_usage: bool, several: bool) -> None:
+        """*several* choices may be in one chunk, which then always needs a look."""
+        self.include_usage, self.several = include_usage, several
+
+    def skim(self, block: bytes, fold: ChatFold) -> bytes | None:
+        return None if self.several else super().skim(block, fold)
 
     def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
         usage_only = [bool(each.get("usage") and not each.get("choices")) for each in chunks]
@@ -2420,7 +2425,7 @@ async def gunzipped(reads: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     inflate, most = zlib.decompressobj(31), 2**16
     async for data in reads:
         piece = b""
-        while data or len(piece) == most:
+        while data or (len(piece) == most and not inflate.eof):
             if inflate.eof:
                 inflate = zlib.decompressobj(31)
             yield (piece := inflate.decompress(data, most))
@@ -2532,6 +2537,7 @@ class Exchange(StreamingResponse):
         if self.started:  # a heartbeat went out meanwhile
             raise failure
         self.tries.again += 1
+        stop_at(self.timeout, None)  # which a finish_reason behind it may have set
         self.begin_try()
 
     async def read_on(self) -> None:
@@ -2553,7 +2559,9 @@ class Exchange(StreamingResponse):
 
     def expect_end(self) -> None:
         """Give the upstream END_SECONDS from its last chunk; only while it is read from."""
-        if self.progress != self.fold.progress:
+        if self.decoder.torn:  # it says something yet, and has OPENAI_TIMEOUT for that
+            stop_at(self.timeout, None)
+        elif self.progress != self.fold.progress:
             self.progress = self.fold.progress
             self.end_due = asyncio.get_running_loop().time() + END_SECONDS
             stop_at(self.timeout, self.end_due)
@@ -2622,7 +2630,7 @@ class Exchange(StreamingResponse):
             return
         except Exception as exc:
             end = self.fail(exc)
-            if not (self.started or self.pending):
+            if self.failure and not (self.started or self.pending):
                 return
         with suppress(ClientDisconnect):
             await self.write(self.pending + (end or b""), last=end is not None)
@@ -2810,7 +2818,9 @@ async def chat_completions(request: Request[AppState]) -> Response:
     asked = read_chat(values, state["models"].chat, caller, state["settings"])
     options = values.get("stream_options")
     usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    return Exchange(asked, ChatCompletionEvents(usage) if asked.stream else PassedJSON(), state)
+    several = asked.body.get("n") not in (None, 1)
+    form = ChatCompletionEvents(usage, several) if asked.stream else PassedJSON()
+    return Exchange(asked, form, state)
 
 
 async def responses(request: Request[AppState]) -> Response:
@@ -3061,7 +3071,7 @@ class LogDatabase:
         self.waiting: deque[LogEvent] = deque(maxlen=ring.events.maxlen)
         self.connection: sqlite3.Connection | None = None
         self.thread = ThreadPoolExecutor(1)
-        self.closed = False
+        self.closed, self.stopping = False, asyncio.Event()
         try:
             self.thread.submit(self.open).result()
         except UNUSABLE as exc:
@@ -3172,14 +3182,16 @@ class LogDatabase:
         try:
             used = await loop.run_in_executor(self.thread, self.add_tokens, day, tokens)
         except UNUSABLE:
-            budget.unshared += tokens
+            budget.unshared += tokens if day == budget.day else 0
         else:
             if day == budget.day:
                 budget.learn(used, tokens)
 
     async def keep(self, budget: DailyBudget) -> None:
-        while True:
-            await asyncio.sleep(self.WRITE_SECONDS)
+        """Share until it is stopping; never cancelled, which might lose what is on its way."""
+        while not self.stopping.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), self.WRITE_SECONDS)
             await self.share(budget)
 
     async def close(self, budget: DailyBudget) -> None:
@@ -3981,8 +3993,8 @@ async def lifespan(
                 await asyncio.sleep(0.01)
     finally:
         if database and keeper:
-            keeper.cancel()
-            await asyncio.wait([keeper])
+            database.stopping.set()
+            await keeper
             await database.close(admission.budget)
 
 
@@ -4032,7 +4044,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.cycle is None and b" HTTP/1.0\r\n" in data[:MAX_HEAD_BYTES]:
+        if not (self.cycle or self.unparsed) and b" HTTP/1.0\r\n" in data[:MAX_HEAD_BYTES]:
             self.hand_over(data)
         elif not self.upgrading:  # else this is the body of a request that was refused
             self.unparsed += len(data)
@@ -4059,7 +4071,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.head_bytes += len(name) + len(value) + 4
+        self.head_bytes += len(name) + len(value) + 3  # a colon and the line end
         if self.head_bytes > MAX_HEAD_BYTES:
             raise ValueError  # the parser's own error then, which is a 400
         super().on_header(name, value)
@@ -4138,10 +4150,14 @@ def main() -> None:
 
 
 @cache
+def default_app() -> ASGIApp:
+    return configured_app()[1]
+
+
 def __getattr__(name: str) -> ASGIApp:
     """`uvicorn service:app` finds its app here (PEP 562), so that an import starts nothing."""
     if name == "app":
-        return configured_app()[1]
+        return default_app()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

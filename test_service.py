@@ -5827,3 +5827,59 @@ async def test_the_own_server_bounds_heads_serves_http_1_0_takes_resets_and_keep
 async def test_a_head_or_trailers_over_the_bound_are_refused_also_where_they_come_at_once(tmp_path):
     async with launched(cwd=tmp_path) as running:
         await refuses(running.client, AT_ONCE)
+
+
+# What an attack on this edition found.
+
+
+async def test_an_answer_without_a_text_whose_end_is_left_open_is_whole(start):
+    script = stream(chunk(finish_reason="length"), Call.hang)
+    client = await start(script)
+    answers = await asyncio.gather(*(got(client, way) for way in STREAMING))
+    assert [whole(way, each) for way, each in zip(STREAMING, answers, strict=True)] == [""] * 3
+    for closed in await closings(client, 3):
+        assert (closed["message"], closed["metadata"]["finish_reason"]) == (
+            "ask finished",
+            "length",
+        )
+
+
+async def test_an_end_that_was_waited_for_does_not_end_the_next_try(start):
+    error = event({"error": {"code": 503, "message": "Busy."}})
+    first = stream(chunk(finish_reason="stop") + error)
+    client = await start(first, stream(*[pause] * 8, HOLA, FINISH, DONE, Call.end))
+    assert whole("events", await got(client, "events")) == "Hola"
+
+
+async def test_the_last_event_of_a_response_without_event_lines_is_looked_at(start):
+    def data(kind: str, **fields: object) -> bytes:
+        return event({"type": f"response.{kind}", **fields})
+
+    begun = data("created", sequence_number=0, response={"status": "in_progress"})
+    words_ = [data("output_text.delta", sequence_number=n, delta="x") for n in (1, 2)]
+    last = data("completed", sequence_number=3, response={"usage": SPENT})
+    client = await start(stream(begun, pause, b"".join([*words_, last]), Call.hang))
+    answered = await client.post(RESPONSES, json=FLOWING)
+    assert answered.content == b"".join([begun, *words_, last])
+    assert (await closings(client))[0]["metadata"]["tokens_used"] == 7
+
+
+async def test_of_several_choices_in_one_chunk_each_has_to_end(start):
+    def both(*choices: dict[str, Any]) -> bytes:
+        return event({"choices": list(choices)})
+
+    said = [{"index": n, "delta": {"content": "a"}, "finish_reason": None} for n in (0, 1)]
+    ends = [both({"index": n, "delta": {}, "finish_reason": "stop"}) for n in (0, 1)]
+    cut = stream(both(*said), pause, both(*said) + ends[0], Call.end)
+    client = await start(cut, stream(both(*said), pause, both(*said) + ends[0], ends[1], Call.end))
+    broken_off = await client.post(CHAT, json={**STREAMED, "n": 2})
+    assert b"upstream_error" in broken_off.content
+    assert DONE not in broken_off.content
+    assert (await client.post(CHAT, json={**STREAMED, "n": 2})).content.endswith(DONE)
+
+
+@pytest.mark.parametrize("size", [65_535, 65_536, 131_072])
+async def test_a_compressed_body_of_any_size_is_whole(shared, size):
+    text = "x" * (size - len(json.dumps(completion(""))))
+    client = await shared(replies(200, zipped(completion(text)), content_encoding="gzip"))
+    assert (await client.post("/ask", json=PLAIN)).json()["response"] == text
