@@ -1654,7 +1654,7 @@ class ChatFold(Fold):
             0 in self.choices
             and not odd
             and block.count(b'"choices":[{"index":0,') == events
-            and block.count(b'"finish_reason":null') == events
+            and b'"finish_reason":"' not in block
             and b'"error' not in block
             and b'"usage":{' not in block
         )
@@ -1754,9 +1754,8 @@ class ResponsesFold(Fold):
     def goes_on(self, block: bytes) -> int:
         """As ChatFold's: here an event has two lines, and those of type `delta` need no look."""
         events, odd = divmod(block.count(b"\n"), 3)
-        deltas = block.count(b'.delta","')
-        named = block.count(b".delta\ndata: ")
-        if self.number < 0 or odd or not deltas == named == events or b'"error' in block:
+        deltas = block.count(b'.delta\ndata: {"type":"response.')
+        if self.number < 0 or odd or deltas != events or b'"error' in block:
             return 0
         if b'"sequence_number"' in block:
             self.unread = block
