@@ -3538,10 +3538,9 @@ nav a { margin-left: 0.75rem; color: var(--accent); }
 .head { min-height: 2.25rem; margin-bottom: 0.5rem; }
 nav, aside p, #health, #intro, #hints, .quiet, small, summary, label, #state, details p,
   #chart > i { color: var(--quiet); font-size: 0.875rem; }
-#health { flex-basis: 100%; }
+#health { flex-basis: 100%; } #intro { min-height: 3.2em; }
 #health::before { content: "● "; color: var(--accent); }
 p.bad, p.bad::before { color: var(--bad) !important; }
-#intro { min-height: 3.2em; }
 section:has(article) #intro, section:not(:has(article)) #anew, form:not([aria-busy]) #stop,
   select:empty, details:has(p:empty), .failed .answer:empty { display: none; }
 input, select, button { padding: 0.25rem 0.75rem; border: 1px solid var(--edge);
@@ -3594,7 +3593,8 @@ ol[id] { padding: 0; list-style: none; }
 #log :is(p, summary, small) { font: inherit; }
 #log summary { display: flex; gap: 0.75rem; color: var(--ink); white-space: nowrap; }
 #log span { overflow: hidden; text-overflow: ellipsis; }
-@media (max-width: 44rem) { #form small { display: none; } }
+@media (max-width: 44rem) { #form small, #turns:not(:empty) ~ #hints { display: none; }
+  #turns:not(:empty) { min-height: 100svh; } }
 @media (min-width: 68rem) {
   main { grid-template-columns: minmax(0, 1fr) 26rem; gap: 5rem; }
   aside { position: sticky; top: 2rem; align-self: start; }
