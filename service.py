@@ -1654,6 +1654,7 @@ class ChatFold(Fold):
             0 in self.choices
             and not odd
             and block.count(b'"choices":[{"index":0,') == events
+            and b'},{"index":' not in block
             and b'"finish_reason":"' not in block
             and b'"error' not in block
             and b'"usage":{' not in block
@@ -2022,12 +2023,8 @@ class PassedEvents(PassedJSON):
 class ChatCompletionEvents(PassedEvents):
     """Chat completion chunks; the usage chunk only where the client has asked for it."""
 
-    def __init__(self, include_usage: bool, several: bool) -> None:
-        """*several* choices may be in one chunk, which then always needs a look."""
-        self.include_usage, self.several = include_usage, several
-
-    def skim(self, block: bytes, fold: ChatFold) -> bytes | None:
-        return None if self.several else super().skim(block, fold)
+    def __init__(self, include_usage: bool) -> None:
+        self.include_usage = include_usage
 
     def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
         usage_only = [bool(each.get("usage") and not each.get("choices")) for each in chunks]
@@ -2817,9 +2814,7 @@ async def chat_completions(request: Request[AppState]) -> Response:
     asked = read_chat(values, state["models"].chat, caller, state["settings"])
     options = values.get("stream_options")
     usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    several = asked.body.get("n") not in (None, 1)
-    form = ChatCompletionEvents(usage, several) if asked.stream else PassedJSON()
-    return Exchange(asked, form, state)
+    return Exchange(asked, ChatCompletionEvents(usage) if asked.stream else PassedJSON(), state)
 
 
 async def responses(request: Request[AppState]) -> Response:
