@@ -368,7 +368,7 @@ def library_complaints(env: Mapping[str, str]) -> Iterator[str]:
         proxy = env.get(name, "")
         with suppress(ValueError):
             url = parse_url(proxy if "://" in proxy else f"http://{proxy}")
-            if url.scheme in {"http", "https"} and 0 < (url.port or 1) < 65536:
+            if url.scheme in {"http", "https"} and (url.port is None or 0 < url.port < 65536):
                 continue
         yield f"{name}: its value is not the http:// or https:// URL of a proxy"
     for name in filter(env.get, ("SSL_CERT_FILE", "SSLKEYLOGFILE")):
@@ -490,7 +490,7 @@ def as_log_event(event: EventDict) -> LogEvent:
 
 
 class EventLog:
-    """The newest log events."""
+    """The newest log events: a structlog processor that keeps each in a bounded deque."""
 
     def __init__(self, capacity: int) -> None:
         self.events: deque[EventDict] = deque(maxlen=capacity)
@@ -763,6 +763,9 @@ def read_error(value: Any, status: int | None = None, retry_after: str = "") -> 
     return UpstreamError(status, error_message(value), in_answer=in_answer, **more)
 
 
+ABOUT_THE_REQUEST = {"upstream_rejected", "rate_limited"}
+
+
 class Failure(HTTPException):
     """One of ERRORS: a status before the first byte of an answer, an event after it.
 
@@ -840,7 +843,6 @@ class Failure(HTTPException):
         return {"error": error}
 
 
-ABOUT_THE_REQUEST = {"upstream_rejected", "rate_limited"}
 # The upstream's status as a code of ours; every other one is an upstream_error.
 UPSTREAM_CODES: dict[int | None, Code] = {
     **dict.fromkeys((400, 402, 404, 413, 422), "upstream_rejected"),
@@ -1785,7 +1787,7 @@ class ResponsesFold(Fold):
         chunks = chunks_in(event)
         for chunk in chunks:
             if self.stream:
-                self.add_event(chunk, event)
+                self.add_event(chunk)
             elif chunk.get("object") != "response" and error_in(chunk):
                 raise from_upstream(read_error(chunk))
             else:
@@ -1795,7 +1797,7 @@ class ResponsesFold(Fold):
         self.done = self.done or not self.stream
         return chunks
 
-    def add_event(self, chunk: Chunk, event: Event) -> None:
+    def add_event(self, chunk: Chunk) -> None:
         kind, response = chunk.get("type"), chunk.get("response")
         if kind == "error" or not isinstance(kind, str):
             if kind == "error" or error_in(chunk):

@@ -5339,7 +5339,7 @@ def test_what_others_read_from_the_environment_is_refused_where_every_ask_would_
         assert Settings.from_env(dict.fromkeys(names, text)) == Settings()
 
 
-@pytest.mark.parametrize("text", ["http://a:b", "http://a:99999", "socks5:x"])
+@pytest.mark.parametrize("text", ["http://a:b", "http://a:0", "http://a:99999", "socks5:x"])
 def test_a_proxy_that_is_no_address_is_refused_too(text):
     with pytest.raises(ConfigError, match=r"^HTTP_PROXY: "):
         Settings.from_env({"HTTP_PROXY": text})
