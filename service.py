@@ -94,6 +94,7 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import from_json
+from pydantic_core import to_json as encode_json
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -1244,7 +1245,7 @@ def check_messages(name: str, messages: list[Any], settings: Settings) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise wrong_field(f"{name}.{index}", "Input should be an object")
-        if not message.keys() <= MESSAGE_FIELDS:  # hundreds of thousands fit into a body
+        if not MESSAGE_FIELDS.issuperset(message):  # hundreds of thousands fit into a body
             check_names(message, MESSAGE_FIELDS, f"{name}.{index}.")
         if not open_to_all and message.get("role") not in callers:
             raise wrong_field(f"{name}.{index}.role", "The operator has set a SYSTEM_PROMPT")
@@ -1258,8 +1259,33 @@ async def discard_body(receive: Receive) -> None:
                 pass
 
 
-async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
-    """The JSON object in the body; raises 400, 408, 413 or 415."""
+# To the next list or object that is not empty, over strings, one without an end among them.
+NEXT_NODE = re.compile(
+    rb'(?s)(?:[^"\[{]++|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|\[\]|\{\})*+(?:[\[{]|\Z)'
+)
+
+
+def parse_body(body: bytes | bytearray, most: int) -> JsonObject:
+    """The JSON object in *body*; raises 400, also for more than *most* lists and objects in it.
+
+    RFC 8259 (section 9) lets a parser have such bounds: 1 MiB can cost 0.2 s and 60 MiB.
+    """
+    try:
+        nodes = body.count(b"[") + body.count(b"{")
+        if nodes > most and any(itertools.islice(NEXT_NODE.finditer(body), most, None)):
+            raise ValueError("too many lists and objects")
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as exc:
+        raise Failure("invalid_json", f"The body is not JSON in UTF-8: {exc}") from exc
+    if not isinstance(value, dict):
+        raise Failure("invalid_json")
+    return value
+
+
+async def read_body(
+    request: Request[Any], settings: Settings, read: Callable[[JsonObject], T]
+) -> T:
+    """What *read* makes of the JSON object in the body; raises 400, 408, 413 or 415."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise Failure("unsupported_media_type")
     too_large = int(request.headers.get("content-length", 0)) > settings.max_body_bytes
@@ -1279,15 +1305,11 @@ async def read_json(request: Request[Any], settings: Settings) -> JsonObject:
         if "expect" not in request.headers:  # a client that asked first has sent nothing yet
             await discard_body(request.receive)
         raise Failure("body_too_large")
-    try:
-        value = from_json(body, allow_inf_nan=False)
-    except ValueError as exc:
-        raise Failure("invalid_json", f"The body is not JSON in UTF-8: {exc}") from exc
-    if not isinstance(value, dict):
-        raise Failure("invalid_json")
-    if len(body) > 65536:
-        await asyncio.sleep(0)  # let others have a turn before it is validated and written anew
-    return value
+    most = settings.max_body_bytes // 20
+    if len(body) <= 65536:
+        return read(parse_body(body, most))
+    # In a thread, since others shall have their turns meanwhile.
+    return await asyncio.to_thread(lambda: read(parse_body(body, most)))
 
 
 def texts_of(messages: Iterable[Any]) -> Iterator[str]:
@@ -1364,8 +1386,9 @@ def read_ask(ask: Ask, caller: Caller, settings: Settings, *, stream: bool) -> M
 
 
 def read_chat(
-    values: JsonObject, model: type[ChatCompletionRequest], caller: Caller, settings: Settings
-) -> ModelRequest:
+    model: type[ChatCompletionRequest], caller: Caller, settings: Settings, values: JsonObject
+) -> tuple[ModelRequest, bool]:
+    """The request, and whether the client asks for the usage of a stream."""
     check_names(values, CHAT_FIELDS)
     asked = validate(model, values)
     check_messages("messages", asked.messages, settings)
@@ -1373,16 +1396,17 @@ def read_chat(
     limits: list[Any] = [integral(n) for n in map(values.get, OTHER_NAME) if n is not None]
     if all(isinstance(limit, int) for limit in limits):
         limits.sort()
-    own = {"model", "messages", "stream", *OTHER_NAME}
-    body: JsonObject = {"model": name, "messages": asked.messages, "stream": bool(asked.stream)}
-    body |= {name: value for name, value in values.items() if name not in own}
+    body: JsonObject = {**values, "model": name, "stream": bool(asked.stream)}
+    for each in OTHER_NAME:
+        body.pop(each, None)
     chars = sum(map(len, texts_of(asked.messages)))
     limit = limits[0] if limits else settings.max_output_tokens
-    return chat_request(body, limit, chars, caller, settings)
+    usage = bool((asked.stream_options or {}).get("include_usage"))
+    return chat_request(body, limit, chars, caller, settings), usage
 
 
 def read_responses(
-    values: JsonObject, model: type[ResponsesRequest], caller: Caller, settings: Settings
+    model: type[ResponsesRequest], caller: Caller, settings: Settings, values: JsonObject
 ) -> ModelRequest:
     check_names(values, RESPONSES_FIELDS)
     asked = validate(model, values)
@@ -1453,6 +1477,14 @@ class SSEDecoder:
         """An event that was left open at the end counts too."""
         return self.feed(b"\n\n") if self.rest else b""
 
+    def parts(self, block: bytes) -> list[bytes]:
+        """*block* in parts of some whole events each."""
+        parts, start = [], 0
+        while not self.has_cr and (end := block.find(b"\n\n", start + 1000) + 2) > 1:
+            parts.append(block[start:end])
+            start = end
+        return [*parts, block[start:]] if start < len(block) else parts
+
     def events(self, block: bytes) -> Iterator[Event]:
         """Each event in *block*."""
         start = 0
@@ -1499,6 +1531,9 @@ class BodyDecoder:
 
     def close(self) -> bytes:
         return bytes(self.body)
+
+    def parts(self, block: bytes) -> list[bytes]:
+        return [block]
 
     def events(self, block: bytes) -> Iterator[Event]:
         yield Event(block, b"", block)
@@ -2107,7 +2142,7 @@ def refused_field(error: UpstreamError, sent: Collection[str]) -> str | None:
     return None
 
 
-IMAGE = re.compile(rb'(?<!\\)"data:image/[^"\\]*+"')
+IMAGE = re.compile(rb'"data:image/(?<!\\"data:image/)[^"\\]*+"')
 
 
 def output_bound(body: JsonObject) -> int:
@@ -2253,15 +2288,17 @@ class Tries:
 
     def encode(self) -> None:
         """The body without what is refused, max_tokens under its other name."""
-        asked, refused = self.request.body, self.refused
-        self.body = {name: value for name, value in asked.items() if name not in refused}
-        for name, other in OTHER_NAME.items():
-            if name in refused and name in asked and other not in refused:
-                self.body[other] = asked[name]
-        try:
-            self.content = utf8_json(to_json(self.body))
-        except ValueError as exc:
-            raise Failure("invalid_json", f"The body is not JSON: {exc}") from exc
+        self.body = {**self.request.body}
+        for name in self.refused & self.body.keys():
+            value, other = self.body.pop(name), OTHER_NAME.get(name)
+            if other and other not in self.refused:
+                self.body[other] = value
+        self.content = encode_json(self.body, inf_nan_mode="constants")
+        if b"Infinity" in self.content:  # it may be a text that says so
+            try:
+                to_json(self.body)
+            except ValueError as exc:
+                raise Failure("invalid_json", f"The body is not JSON: {exc}") from exc
 
     @property
     def ignored(self) -> bool:
@@ -2571,11 +2608,15 @@ class Exchange(StreamingResponse):
         if not block:
             return
         told = None if self.decoder.has_cr else self.format.skim(block, self.fold)
-        if told is None:
-            self.translate_events(block)
-        else:
+        if told is not None:
             self.pending += told
             self.fold.has_piece = True
+        elif len(parts := self.decoder.parts(block)) > 1:
+            for part in parts:  # most of which want no look
+                if not self.fold.done:
+                    self.translate(part)
+        else:
+            self.translate_events(block)
         if self.first_piece_at is None and self.fold.has_piece and self.request.stream:
             self.first_piece_at = clock()
 
@@ -2798,7 +2839,7 @@ async def ask(request: Request[AppState]) -> Response:
     """POST /ask: as events, as one JSON object, or as text."""
     state, caller = request.state, identify(request)
     settings = state["settings"]
-    body = validate(state["models"].ask, await read_json(request, settings))
+    body = await read_body(request, settings, partial(validate, state["models"].ask))
     types = request.headers.get("accept", "").lower().split(",")
     accepted = [each.partition(";")[0].strip() for each in types]
     stream = accepted != [JSON] if body.stream is MISSING else body.stream
@@ -2812,18 +2853,16 @@ async def ask(request: Request[AppState]) -> Response:
 async def chat_completions(request: Request[AppState]) -> Response:
     """POST /v1/chat/completions: OpenAI's own API, for its own libraries."""
     state, caller = request.state, identify(request)
-    values = await read_json(request, state["settings"])
-    asked = read_chat(values, state["models"].chat, caller, state["settings"])
-    options = values.get("stream_options")
-    usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    read = partial(read_chat, state["models"].chat, caller, state["settings"])
+    asked, usage = await read_body(request, state["settings"], read)
     return Exchange(asked, ChatCompletionEvents(usage) if asked.stream else PassedJSON(), state)
 
 
 async def responses(request: Request[AppState]) -> Response:
     """POST /v1/responses: OpenAI's newer API, which its newest clients prefer."""
     state, caller = request.state, identify(request)
-    values = await read_json(request, state["settings"])
-    asked = read_responses(values, state["models"].newer, caller, state["settings"])
+    read = partial(read_responses, state["models"].newer, caller, state["settings"])
+    asked = await read_body(request, state["settings"], read)
     return Exchange(asked, ResponsesEvents() if asked.stream else PassedJSON(), state)
 
 
