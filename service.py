@@ -4002,7 +4002,7 @@ async def lifespan(
     settings: Settings, mask: Mask, ring: EventLog, database: LogDatabase | None
 ) -> AsyncIterator[AppState]:
     """What the requests share, from start to stop."""
-    # With Python's own, a body of many small lists would hold all others up for 0.4 s, not 0.1.
+    # With Python's own, a body of many small lists would hold all others up for 0.13 s, not 0.02.
     gc.set_threshold(50_000, 20, 20)
     raise_file_limit(settings.max_concurrent_asks)
     log_start(settings)
