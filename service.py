@@ -1480,7 +1480,7 @@ class SSEDecoder:
     def parts(self, block: bytes) -> list[bytes]:
         """*block* in parts of some whole events each."""
         parts, start = [], 0
-        while not self.has_cr and (end := block.find(b"\n\n", start + 1000) + 2) > 1:
+        while not self.has_cr and (end := block.find(b"\n\n", start + 2000) + 2) > 1:
             parts.append(block[start:end])
             start = end
         return [*parts, block[start:]] if start < len(block) else parts
@@ -2629,7 +2629,8 @@ class Exchange(StreamingResponse):
 
     def close(self) -> None:
         """The upstream has closed: that is an end only where an answer may end."""
-        self.translate(self.decoder.close())
+        if rest := self.decoder.close():
+            self.translate_events(rest)  # never in haste: it may have been cut off
         if not self.fold.complete:
             raise Failure("upstream_error", cause="an answer without an end")
         self.fold.done = True

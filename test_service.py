@@ -4146,6 +4146,24 @@ async def test_the_upstreams_events_go_out_byte_for_byte_and_never_torn(start, e
     assert closing["metadata"]["tokens_used"] == 7
 
 
+CUT_OFF = {
+    CHAT: b'data: {"choices":[{"index":0,"delta":{"content":"Ho"},"finish_reason":null}]}',
+    "/v1/responses": b"event: response.output_text.delta\n"
+    b'data: {"type":"response.output_text.delta","sequence_number":1,"delta":"Ho"}',
+}
+
+
+@pytest.mark.parametrize("path", CUT_OFF)
+async def test_an_event_that_is_cut_off_at_the_upstreams_end_is_not_handed_on(shared, path):
+    whole, rest = CUT_OFF[path] + b"\n\n", CUT_OFF[path][:-4]
+    client = await shared(stream(whole, whole + rest, Call.end))
+    asked = STREAMED if path == CHAT else {"input": "Hi", "stream": True}
+    answer = (await client.post(path, json=asked)).content
+    assert answer.startswith(whole + whole)
+    assert rest not in answer.removeprefix(whole + whole)
+    assert b"upstream_error" in answer
+
+
 @cases(
     "options, sent, told",
     {
