@@ -2259,6 +2259,9 @@ class Upstream:
 NO_RESPONSES_API = "The model's API knows no /responses; ask /v1/chat/completions here."
 
 
+NOTHING: Set[str] = frozenset()  # one for all: an empty set takes 216 bytes
+
+
 class Tries:
     """The calls to the model for one request: how many failed, and what had to be left out."""
 
@@ -2269,12 +2272,11 @@ class Tries:
         self.failed = self.again = 0
         # What the operator has set in OPENAI_EXTRA_BODY goes out whatever the model says.
         self.fixed = (upstream.settings.openai_extra_body or {}).keys()
-        known = upstream.refused.get(request.model, frozenset())
-        self.refused: Set[str] = known & self.adaptable(request.body)
+        known = upstream.refused.get(request.model)
+        self.refused = known & self.adaptable(request.body) if known else NOTHING
         # Those that this request has met with, and those that were not refused in vain: behind
         # them the model had no more, or another, to refuse.
-        self.adapted: Set[str] = frozenset()
-        self.helpful: Set[str] = frozenset()
+        self.adapted = self.helpful = NOTHING
         self.message = ""
         self.encode()
         # In tokens: an estimate of what it sends, and the most that it may cost.
@@ -2288,7 +2290,7 @@ class Tries:
 
     def encode(self) -> None:
         """The body without what is refused, max_tokens under its other name."""
-        self.body = {**self.request.body}
+        self.body = {**self.request.body} if self.refused else self.request.body
         for name in self.refused & self.body.keys():
             value, other = self.body.pop(name), OTHER_NAME.get(name)
             if other and other not in self.refused:
@@ -2355,6 +2357,10 @@ class Tries:
         """The model answers, so what this request had to leave out is remembered for others."""
         if self.helpful:
             self.upstream.remember(self.request.model, self.helpful)
+        # It goes out no more, and may be large beside an answer that takes minutes.
+        self.content = b""
+        self.body.clear()
+        self.request.body.clear()
 
 
 class Histogram:
