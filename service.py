@@ -39,17 +39,7 @@ import sys
 import time
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Set,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -58,17 +48,7 @@ from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    NotRequired,
-    TypeVar,
-    cast,
-    get_args,
-)
+from typing import Annotated, Any, Literal, NamedTuple, Never, NotRequired, TypeVar, cast, get_args
 from urllib.parse import urlsplit
 
 import httpx2
@@ -81,13 +61,13 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from pydantic import (
     MISSING,
     AfterValidator,
+    AnyUrl,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     FailFast,
     Field,
+    HttpUrl,
     JsonValue,
-    StringConstraints,
     TypeAdapter,
     ValidationError,
     create_model,
@@ -128,13 +108,11 @@ MAX_UPSTREAM_BYTES = 32 * 2**20
 MAX_HEAD_BYTES = 64 * 2**10
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-LEVELS: tuple[Level, ...] = get_args(Level)
 JsonObject = dict[str, JsonValue]
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
 log: FilteringBoundLogger = structlog.get_logger()
-to_ascii_json = json.JSONEncoder().encode
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 # At these many readers split lines: Python's splitlines, httpx's and requests' iter_lines.
 ODD_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
@@ -175,37 +153,15 @@ def split(value: object) -> object:
 def number(pattern: str, value: object) -> object:
     """Only text that matches *pattern*: int() and float() take `1_0`, `+5` and `1e3` too."""
     if isinstance(value, str) and not re.fullmatch(pattern, value):
-        raise ValueError
+        raise ValueError(f"should match {pattern}")
     return value
 
 
-def long_secret(value: str) -> str:
-    if len(value.encode()) < 32:
+def base_url(value: str) -> str:
+    """A URL without a password, a query, and the slash at its end."""
+    plain = re.fullmatch(r"(?ai)https?://[\w.:\[\]-]+(/[^\s?#]*)?", value) and value.isprintable()
+    if not plain or HttpUrl(value).port == 0:
         raise ValueError
-    return value
-
-
-def parse_url(value: str) -> httpx2.URL:
-    """Raises ValueError for what cannot be asked: too long, no name in the DNS' alphabet."""
-    try:
-        return httpx2.URL(value)
-    except httpx2.InvalidURL as exc:
-        raise ValueError from exc
-
-
-def http_url(value: str) -> str:
-    """A base URL, without the slash at its end."""
-    pattern = r"(?a:(?i:https?)://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?)"
-    parts, host = urlsplit(value), urlsplit(value).hostname or ""
-    bad_address = re.fullmatch("[0-9.]+", host) and not parse_ip(host)
-    if (
-        not re.fullmatch(pattern, value)
-        or not value.isprintable()
-        or parts.port == 0
-        or bad_address
-    ):
-        raise ValueError
-    parse_url(value)
     return value.rstrip("/")
 
 
@@ -213,11 +169,9 @@ def browser_origin(value: str) -> str:
     """An origin as browsers send it: lower case, no default port, its host in ASCII (RFC 6454)."""
     if value == "*":
         return value
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,/@?#*]+", value):
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,/\\@?#*]+", value):
         raise ValueError
-    url = parse_url(value.lower())
-    netloc, ip = url.netloc.decode("ascii"), parse_ip(url.host)
-    return f"{url.scheme}://{netloc.replace(url.host, str(ip)) if ip else netloc}"
+    return str(AnyUrl(value.lower())).removesuffix("/")
 
 
 # The fields of a request to the model that are the service's own business.
@@ -227,7 +181,7 @@ OWN_FIELDS = {"model", "messages", "stream", "stream_options"}
 def extra_body(value: object) -> object:
     if isinstance(value, str):
         value = from_json(value, allow_inf_nan=False)
-        to_json(value).encode()  # refuses 1e999, which is read as infinity
+        to_json(value)  # refuses 1e999, which is read as infinity
         if not isinstance(value, dict) or not OWN_FIELDS.isdisjoint(value):
             raise ValueError
     return value
@@ -257,20 +211,17 @@ Whole = Annotated[int, BeforeValidator(partial(number, "[0-9]{1,15}"))]
 Seconds = Annotated[float, BeforeValidator(partial(number, r"[0-9]{1,6}(\.[0-9]{1,6})?"))]
 LevelName = Annotated[Level, BeforeValidator(lambda text: text.upper() if text.isascii() else text)]
 Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # no half surrogates
-DefaultModel = Annotated[str, StringConstraints(pattern=r"^\P{C}+$", max_length=256)]
-ModelName = Annotated[str, StringConstraints(pattern="^[!-~]{1,256}$")]
-BaseURL = Annotated[str, AfterValidator(http_url)]
+DefaultModel = Annotated[str, Field(pattern=r"^\P{C}+$", max_length=256)]
+ModelName = Annotated[str, Field(pattern="^[!-~]{1,256}$")]
+BaseURL = Annotated[str, AfterValidator(base_url)]
 ExtraBody = Annotated[JsonObject | None, BeforeValidator(extra_body)]
-Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:%-]{1,253}$")]
+Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:%-]{1,253}$")]
 Origin = Annotated[str, AfterValidator(browser_origin)]
-Host = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.-]{1,253}|\*)$", to_lower=True)]
-LongSecret = Annotated[str, AfterValidator(long_secret)]
+Host = Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]{1,253}|\*)$"), AfterValidator(str.lower)]
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True, alias_generator=str.upper, validate_by_name=True):
     """What the environment says; each field is the variable of the same name in capitals."""
-
-    model_config = ConfigDict(frozen=True)
 
     openai_api_key: str = secret()
     openai_model: DefaultModel = accepted("gpt-5.4-mini", "the name of a model")
@@ -297,28 +248,23 @@ class Settings(BaseModel):
     )
     allowed_hosts: Items[Host] = accepted((), "host names separated by commas, or *")
     api_token: str = secret()
-    jwt_secret: LongSecret = accepted("", "at least 32 bytes", hidden=True)
+    jwt_secret: bytes = accepted(b"", "at least 32 bytes in UTF-8", hidden=True, min_length=32)
     jwt_audience: Text = accepted("", "text in UTF-8")
     admin_token: str = secret()
     rate_limit: Whole = whole(0, 0, 1_000_000)
     daily_tokens: Whole = whole(0, 0, 10**15 - 1)
-    log_level: LevelName = accepted("INFO", f"one of {', '.join(LEVELS)}")
+    log_level: LevelName = accepted("INFO", f"one of {', '.join(get_args(Level))}")
     log_buffer_size: Whole = whole(1000, 1, 100_000)
     log_database: Text = accepted("", "a path in UTF-8")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Settings from the variables in *env*; raises ConfigError, a line for every wrong one."""
-        known = {name.upper(): name for name in cls.model_fields}
         # White space alone is not nothing, as a token least of all.
-        given = {
-            known[name]: value.strip() or value
-            for name, value in set_ones(env).items()
-            if name in known
-        }
+        given = {name: value.strip() or value for name, value in set_ones(env).items()}
         wrong = list(library_complaints(env))
         try:
-            settings = cls.model_validate(given)
+            settings = cls.model_validate(given, by_name=False)
         except ValidationError as exc:
             names = dict.fromkeys(str(error["loc"][0]) for error in exc.errors(include_url=False))
             wrong = [*(cls.complaint(name, given[name]) for name in names), *wrong]
@@ -328,11 +274,11 @@ class Settings(BaseModel):
 
     @classmethod
     def complaint(cls, name: str, value: str) -> str:
-        known = cls.model_fields[name]
-        if name == "openai_base_url":  # whatever may be a password, or a key in a query
+        known = cls.model_fields[name.lower()]
+        if name == "OPENAI_BASE_URL":  # whatever may be a password, or a key in a query
             value = re.sub(r"(?s)(?<=//).*@|^(?!\w+://).*@", "***@", value).partition("?")[0]
         shown = re.sub(KEY_SHAPED, "***", ascii(value[:100])) if known.repr else "its value"
-        return f"{name.upper()}: {shown} is not {known.description}"
+        return f"{name}: {shown} is not {known.description}"
 
     @property
     def demo(self) -> bool:
@@ -348,10 +294,6 @@ class Settings(BaseModel):
         return bool(self.api_token or self.jwt_secret)
 
     @property
-    def is_openai(self) -> bool:
-        return self.api_domain == "openai.com"
-
-    @property
     def token_field(self) -> str:
         """Where the model takes max_tokens: Ollama, for one, silently ignores the newer name."""
         newer = self.api_domain in {"openai.com", "azure.com"}
@@ -365,11 +307,9 @@ class Settings(BaseModel):
 def library_complaints(env: Mapping[str, str]) -> Iterator[str]:
     """A line for each variable of the libraries' that would end in a traceback, or fail asks."""
     proxies = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    for name in (*proxies, *map(str.lower, proxies)):
-        proxy = env.get(name, "")
+    for name in filter(env.get, (*proxies, *map(str.lower, proxies))):
         with suppress(ValueError):
-            url = parse_url(proxy if "://" in proxy else f"http://{proxy}")
-            if url.scheme in {"http", "https"} and (url.port is None or 0 < url.port < 65536):
+            if HttpUrl(env[name] if "://" in env[name] else f"http://{env[name]}").port:
                 continue
         yield f"{name}: its value is not the http:// or https:// URL of a proxy"
     for name in filter(env.get, ("SSL_CERT_FILE", "SSLKEYLOGFILE")):
@@ -396,16 +336,16 @@ def read_env_file() -> dict[str, str]:
         return {}
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f".env cannot be read: {exc}") from exc
-    wrong = []
-    for each in bindings:
-        # A name alone is no assignment either, though python-dotenv takes it.
-        if each.error or (each.key and each.value is None):
-            # The text begins with the empty lines before it.
-            skipped = list(itertools.takewhile(str.isspace, each.original.string)).count("\n")
-            wrong.append(f".env: line {each.original.line + skipped} cannot be parsed")
+    variables, wrong = dict[str, str](), []
+    for key, value, (text, line), error in bindings:
+        if key and value is not None and not error:
+            variables[key] = value
+        elif key or error:  # a name alone is no assignment, though python-dotenv takes it
+            empty_lines = text.count("\n", 0, len(text) - len(text.lstrip()))  # it begins with them
+            wrong.append(f".env: line {line + empty_lines} cannot be parsed")
     if wrong:
         raise ConfigError("\n".join(wrong))
-    return {each.key: each.value for each in bindings if each.key and each.value is not None}
+    return variables
 
 
 def set_ones(env: Mapping[str, str]) -> dict[str, str]:
@@ -428,25 +368,22 @@ class LogEvent(TypedDict):
 
 
 class Throttle:
-    """Of the events that strangers cause, which name their kind, lets one a second and kind pass.
-
-    The next one of it tells how many were left out.
-    """
+    """Of what strangers cause, lets one event a second and kind pass, with the number left out."""
 
     def __init__(self) -> None:
-        # By event and kind: when one passed last, and how many were left out since.
-        self.seen: dict[tuple[str, str], tuple[float, int]] = {}
+        # By kind: when one passed last, and how many were left out since.
+        self.seen: dict[str, tuple[float, int]] = {}
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
         kind = event.pop("stranger", None)
         if kind is None:
             return event
-        key, now = (event["event"], kind), time.monotonic()
-        last, suppressed = self.seen.get(key, (-math.inf, 0))
+        now = time.monotonic()
+        last, suppressed = self.seen.get(kind, (-math.inf, 0))
         if now < last + 1:
-            self.seen[key] = last, suppressed + 1
+            self.seen[kind] = last, suppressed + 1
             raise structlog.DropEvent
-        self.seen[key] = now, 0
+        self.seen[kind] = now, 0
         return {**event, "suppressed": suppressed} if suppressed else event
 
 
@@ -455,11 +392,9 @@ class Mask:
 
     def __init__(self, settings: Settings) -> None:
         own = [settings.openai_api_key, settings.api_token]
-        own += [settings.admin_token, settings.jwt_secret]
+        own += [settings.admin_token, settings.jwt_secret.decode()]
         # A value so short that it may be any word cannot be hidden.
-        known = (
-            re.escape(value) for value in sorted(own, key=len, reverse=True) if len(value) >= 8
-        )
+        known = [re.escape(each) for each in sorted(own, key=len, reverse=True) if len(each) >= 8]
         self.pattern = re.compile("|".join([*known, KEY_SHAPED]))
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -487,25 +422,24 @@ class Mask:
 def as_log_event(event: EventDict) -> LogEvent:
     rest = {**event}
     timestamp, level, message = map(rest.pop, ("timestamp", "level", "message"))
-    return LogEvent(timestamp=timestamp, level=level, message=message, metadata=rest or None)
+    return {"timestamp": timestamp, "level": level, "message": message, "metadata": rest or None}
 
 
 class EventLog:
     """The newest log events: a structlog processor that keeps each in a bounded deque."""
 
     def __init__(self, capacity: int) -> None:
-        self.events: deque[EventDict] = deque(maxlen=capacity)
+        self.events: deque[LogEvent] = deque(maxlen=capacity)
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        # A copy, because the processors after this one may edit what they are handed.
-        self.events.append({**event})
+        self.events.append(as_log_event(event))
         return event
 
     async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
         """The newest *limit* events, of one level where one is given, oldest first."""
         newest_first = reversed(list(self.events))  # a copy: other threads may log meanwhile
         wanted = (event for event in newest_first if level in (None, event["level"]))
-        return [as_log_event(event) for event in itertools.islice(wanted, limit)][::-1]
+        return list(itertools.islice(wanted, limit))[::-1]
 
 
 class StdoutLogger:
@@ -521,46 +455,35 @@ class StdoutLogger:
     debug = info = warning = error = critical = msg
 
 
-# What uvicorn logs where an answer stops without its end, which is how a broken one looks broken.
-CUT_ANSWER = "ASGI callable returned without completing response."
-
-
 class StructlogHandler(logging.Handler):
     """Puts through structlog what the libraries log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            message, level = record.getMessage(), min(50, record.levelno // 10 * 10)
-        except Exception:
-            self.handleError(record)  # the standard handlers' way with arguments that do not fit
-            return
-        # What a stop cancels, or an answer cut short, `ask cancelled` or `ask failed` has told.
-        cancelled = (
-            record.name == "uvicorn.error" and "CancelledError" in f"{record.exc_info}{message}"
-        )
-        if cancelled or message == CUT_ANSWER:
+        message, level = record.getMessage(), min(50, record.levelno // 10 * 10)
+        server = record.name == "uvicorn.error"
+        # Of answers that a stop or we cut short `ask cancelled` or `ask failed` has told.
+        text = f"{message} {record.exc_info}"
+        if server and ("CancelledError" in text or "without completing response" in text):
             return
         # uvicorn's warnings are about bytes that anyone can send.
-        anyone = record.name == "uvicorn.error" and level == logging.WARNING
-        stranger = "uvicorn" if anyone else None
+        stranger = "uvicorn" if server and level == logging.WARNING else None
         log.log(level, message.strip(), exc_info=record.exc_info, stranger=stranger)
 
 
 def escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """Escapes for control characters, which a terminal would obey, and for half surrogate pairs."""
     for key, value in event.items():
-        text = repr(value) if isinstance(value, list | dict) else value
-        if isinstance(text, str):
+        if isinstance(value, str):  # the renderer shows the repr of all else
             line_end = "" if key == "exception" else r"|\n"  # a traceback keeps its lines
             unsafe = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]" + line_end
-            event[key] = re.sub(unsafe, lambda found: ascii(found[0])[1:-1], text)
+            event[key] = re.sub(unsafe, lambda found: ascii(found[0])[1:-1], value)
     return event
 
 
 def renderers() -> list[Callable[[Any, str, EventDict], EventDict | str]]:
     """Coloured lines for a terminal, JSON for anyone else."""
     if sys.stdout is None or not sys.stdout.isatty():
-        return [lambda _, __, event: to_ascii_json(event)]  # five times as fast as JSONRenderer
+        return [lambda _, __, event: json.dumps(event)]  # five times as fast as JSONRenderer
     styles = structlog.dev.ConsoleRenderer.get_default_level_styles()
     console = structlog.dev.ConsoleRenderer(
         event_key="message",
@@ -602,8 +525,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "host_not_allowed": (400, "This Host is not served here; ALLOWED_HOSTS can name further ones."),
     "upgrade_not_supported": (
         400,
-        "Only HTTP/1.1 is spoken here: send no Upgrade header (Java: "
-        "HttpClient.newBuilder().version(HTTP_1_1); curl: --http1.1).",
+        "Send no Upgrade header (curl --http1.1; Java version(HTTP_1_1)).",
     ),
     "upstream_rejected": (400, "The model's API refused this request."),
     "unauthorized": (401, "You need to sign in to ask, or to sign in again."),
@@ -696,11 +618,9 @@ def integral(value: object) -> object:
 
 def parse_retry_after(value: str) -> int | None:
     """Whole seconds of a Retry-After header, or to its date (RFC 9110, 10.2.3); a day at most."""
-    with suppress(ValueError, OverflowError):  # of NaN and infinity too
-        try:
-            delay = float(value)
-        except ValueError:
-            delay = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    with suppress(ValueError, OverflowError):  # of infinity
+        date = None if value[:1].isdigit() else email.utils.parsedate_to_datetime(value)
+        delay = date.timestamp() - time.time() if date else float(value)
         return min(max(0, math.ceil(delay)), 86400)
     return None
 
@@ -716,6 +636,11 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("nested too deeply") from exc
 
 
+# The last two pairs are OpenRouter's and MiniMax's; `loc` stands beside FastAPI's `msg`.
+MESSAGE_NAMES = ["message", "error_message", "detail", "msg", "errors", "error"]
+MESSAGE_NAMES += ["metadata", "raw", "base_resp", "status_msg"]
+
+
 def error_message(error: Any, depth: int = 0) -> str:
     """The sentence in *error*: the body of a refusal, or a part of it, in whatever form."""
     if depth > 8 or not isinstance(error, str | list | dict):
@@ -729,15 +654,9 @@ def error_message(error: Any, depth: int = 0) -> str:
                 return deeper(parse_json(error))
         page = r"\A[\ufeff\s]*<|<(?:!doctype|html|head|body)\b"
         return "" if re.search(page, error, re.IGNORECASE) else error.strip()
-    raw, base, where = map(error.get, ("metadata", "base_resp", "loc"))
-    parts = [
-        isinstance(raw, dict) and raw.get("raw"),  # OpenRouter's
-        *(each for name in ("error", "errors") if isinstance(each := error.get(name), dict | list)),
-        *map(error.get, ("message", "error_message", "detail", "msg", "error")),
-        isinstance(base, dict) and base.get("status_msg"),  # MiniMax's
-    ]
-    message = next(filter(None, map(deeper, parts)), "")
-    # FastAPI's
+    # What stands deeper is nearer to the cause.
+    parts = sorted(map(error.get, MESSAGE_NAMES), key=lambda part: isinstance(part, str))
+    message, where = next(filter(None, map(deeper, parts)), ""), error.get("loc")
     return f"{'.'.join(map(str, where))}: {message}" if isinstance(where, list) else message
 
 
@@ -767,33 +686,27 @@ def read_error(value: Any, status: int | None = None, retry_after: str = "") -> 
 ABOUT_THE_REQUEST = {"upstream_rejected", "rate_limited"}
 
 
+@dataclass(eq=False)
 class Failure(HTTPException):
     """One of ERRORS: a status before the first byte of an answer, an event after it.
 
     For the log: *upstream* is what the model's API said, *cause* the class of what else failed.
     """
 
-    def __init__(
-        self,
-        code: Code,
-        detail: str = "",
-        *,
-        headers: Mapping[str, str] | None = None,
-        retry_after: int | None = None,
-        errors: Collection[FieldError] = (),
-        upstream: UpstreamError | None = None,
-        cause: str | None = None,
-    ) -> None:
-        status, sentence = ERRORS[code]
-        waiting = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        detail = detail or sentence.format(retry_after)
-        super().__init__(status, detail, {**(headers or {}), **waiting})
+    code: Code
+    detail: str = ""
+    headers: Mapping[str, str] | None = None
+    retry_after: int | None = None
+    errors: list[FieldError] = field(default_factory=list)
+    upstream: UpstreamError | None = None
+    cause: str | None = None
+
+    def __post_init__(self) -> None:
+        status, sentence = ERRORS[self.code]
+        waiting = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        detail = self.detail or sentence.format(self.retry_after)
+        super().__init__(status, detail, {**(self.headers or {}), **waiting})
         self.title = TITLES.get(status) or HTTPStatus(status).phrase
-        self.code: Code = code
-        self.retry_after = retry_after
-        self.errors = list(errors)
-        self.upstream = upstream
-        self.cause = cause
 
     def mask(self, mask: Mask) -> None:
         """Mask what the model's API said: it may quote a key."""
@@ -906,11 +819,8 @@ def is_secret(given: str, secret: str) -> bool:
     return bool(secret) and secrets.compare_digest(given.encode(), secret.encode())
 
 
-def verify_jwt(token: str, secret: str, audience: str, now: float) -> str:
-    """The `sub` of a valid token (RFC 7519), at *now* in Unix seconds; else ValueError says why.
-
-    Only HS256 (RFC 7515), whatever the header may ask for.
-    """
+def verify_jwt(token: str, secret: bytes, audience: str, now: float) -> str:
+    """The `sub` of a token valid at *now* (RFC 7519), HS256 alone; else ValueError says why."""
     if len(token) > 8192 or not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.ASCII):
         raise ValueError("not three parts of base64url, 8,192 characters at most")
     signed, _, signature = token.rpartition(".")
@@ -918,7 +828,7 @@ def verify_jwt(token: str, secret: str, audience: str, now: float) -> str:
     header, claims = (from_json(part, allow_inf_nan=False) for part in parts)
     if not isinstance(header, dict) or header.get("alg") != "HS256" or "crit" in header:
         raise ValueError("its header does not ask for plain HS256")
-    digest = hmac.digest(secret.encode(), signed.encode(), "sha256")
+    digest = hmac.digest(secret, signed.encode(), "sha256")
     # Compared as text: the last character has bits to spare, and only one form is right.
     if not is_secret(signature, base64.urlsafe_b64encode(digest).decode().rstrip("=")):
         raise ValueError("its signature is wrong")
@@ -1092,11 +1002,6 @@ class Admission:
         self.budget.spend(tokens)
 
 
-def bounded_integer(low: int, high: int) -> Any:
-    # The bounds first: behind a validator they would be lost to the schema.
-    return Annotated[int, Field(ge=low, le=high), BeforeValidator(integral)]
-
-
 class Turn(BaseModel, strict=True, extra="forbid"):
     """One earlier turn of the conversation."""
 
@@ -1113,13 +1018,13 @@ class Ask(BaseModel, strict=True, extra="forbid"):
     )
     model: str | MISSING = Field(MISSING, description="Left out: OPENAI_MODEL.")
     temperature: Annotated[float, Field(ge=0, le=2)] | MISSING = MISSING
+    # The bound first: behind a validator it would be lost to the schema.
     max_tokens: Annotated[int, Field(ge=1), BeforeValidator(integral)] | MISSING = Field(
         MISSING, description="Upper bound on what the model may write."
     )
     stream: bool | MISSING = Field(
         MISSING,
-        description="A stream, or the whole answer at once; left out, and with application/json "
-        "alone in Accept, it is false.",
+        description="Left out, it is false where Accept is application/json alone.",
         json_schema_extra={"default": True},
     )
 
@@ -1142,11 +1047,9 @@ class ResponsesRequest(BaseModel, strict=True, extra="allow"):
     background: Literal[False] | None = None
 
 
-class LogsQuery(BaseModel, strict=True):
-    limit: int = Field(100, ge=1, le=1000, description="At most so many events, the newest.")
-    level: Level | MISSING = Field(
-        MISSING, description="Only events of exactly this level, in any case."
-    )
+class LogsQuery(BaseModel):
+    limit: Whole = Field(100, ge=1, le=1000, description="At most so many events, the newest.")
+    level: LevelName | MISSING = Field(MISSING, description="Exactly this one, in any case.")
 
 
 class RequestModels(NamedTuple):
@@ -1158,10 +1061,9 @@ class RequestModels(NamedTuple):
 
 
 def request_models(settings: Settings) -> RequestModels:
-    literal: Any = Literal
-    left_out: Any = MISSING
+    literal: Any = Literal  # of which mypy wants the values written out
     known = Ask.model_fields
-    ask: dict[str, Any] = {"model": (literal[settings.models] | left_out, known["model"])}
+    ask: dict[str, Any] = {"model": (literal[settings.models] | MISSING, known["model"])}
     chat: dict[str, Any] = {}
     newer: dict[str, Any] = {}
     if settings.system_prompt:
@@ -1171,12 +1073,12 @@ def request_models(settings: Settings) -> RequestModels:
         # A stored template may hold a message of the operator's kind as well.
         newer["instructions"] = newer["prompt"] = (None, None)
     if limit := settings.max_output_tokens:
-        bound = bounded_integer(1, limit)
-        ask["max_tokens"] = (bound | left_out, known["max_tokens"])
-        chat["max_tokens"] = chat["max_completion_tokens"] = (bound | None, None)
-        # llama.cpp's own name, which wins over the other two there, in the newer API as well.
-        chat["n_predict"] = (bound | left_out, MISSING)
-        chat["n"] = (bounded_integer(1, 1) | None, None)
+        bound: Any = Annotated[int, Field(ge=1, le=limit), BeforeValidator(integral)]
+        one: Any = Annotated[int, Field(ge=1, le=1), BeforeValidator(integral)]
+        ask["max_tokens"] = (bound | MISSING, known["max_tokens"])
+        # The last is llama.cpp's own name, which wins there, in the newer API as well.
+        names = ("max_tokens", "max_completion_tokens", "n_predict")
+        chat = dict.fromkeys(names, (bound | None, None)) | {"n": (one | None, None)}
         newer |= chat | {"max_output_tokens": (bound | None, None)}
     return RequestModels(
         create_model("Ask", __base__=Ask, **ask),
@@ -1212,27 +1114,26 @@ def validate(model: type[M], values: JsonObject) -> M:
             where = error["loc"] if error["loc"][0] == "history" else error["loc"][:1]
             name = ".".join(map(str, where))
             errors.setdefault(name, FieldError(field=name, detail=detail))
-        raise Failure("invalid_request", errors=errors.values()) from exc
+        raise Failure("invalid_request", errors=[*errors.values()]) from exc
 
 
 def wrong_field(name: str, detail: str, code: Code = "invalid_request") -> Failure:
     return Failure(code, errors=[FieldError(field=name, detail=detail)])
 
 
-# OpenAI's names in a request, and those that are read here in a message or an input item.
-CHAT_FIELDS = frozenset(CompletionCreateParamsBase.__annotations__) | {"stream", "n_predict"}
-RESPONSES_FIELDS = frozenset(ResponseCreateParamsBase.__annotations__) | {"stream", "n_predict"}
-MESSAGE_FIELDS = frozenset({"role", "content", "type", "name", "refusal", "audio", "tool_calls"})
-MESSAGE_FIELDS |= {"tool_call_id", "function_call", "id", "status", "summary", "call_id"}
-MESSAGE_FIELDS |= {"arguments", "output"}
+# OpenAI's names in a request, and those of a message or an input item.
+OPENAI_NAMES = {*CompletionCreateParamsBase.__annotations__, "stream", "n_predict"}
+OPENAI_NAMES |= {*ResponseCreateParamsBase.__annotations__, "role", "content", "type", "name"}
+OPENAI_NAMES |= {"refusal", "audio", "tool_calls", "tool_call_id", "function_call", "id", "status"}
+OPENAI_NAMES |= {"summary", "call_id", "arguments", "output"}
 
 
-def check_names(values: Collection[str], known: frozenset[str], where: str = "") -> None:
-    """Raises a Failure for names that some upstreams, in Go for one, would read as *known* ones."""
+def check_names(values: JsonObject, where: str = "") -> None:
+    """Raises a Failure for names that some upstreams, in Go for one, would read as OpenAI's."""
     wrong = [
         FieldError(field=where + name, detail=f"Write it as {name.casefold()!r}")
         for name in values
-        if name not in known and name.casefold() in known
+        if name not in OPENAI_NAMES and name.casefold() in OPENAI_NAMES
     ]
     if wrong:
         raise Failure("invalid_request", errors=wrong[:100])
@@ -1241,13 +1142,12 @@ def check_names(values: Collection[str], known: frozenset[str], where: str = "")
 def check_messages(name: str, messages: list[Any], settings: Settings) -> None:
     """Raises a Failure for a message that is none, or that only the operator may write."""
     callers = ("user", "assistant", "tool", "function", *[None] * (name == "input"))
-    open_to_all = not settings.system_prompt
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise wrong_field(f"{name}.{index}", "Input should be an object")
-        if not MESSAGE_FIELDS.issuperset(message):  # hundreds of thousands fit into a body
-            check_names(message, MESSAGE_FIELDS, f"{name}.{index}.")
-        if not open_to_all and message.get("role") not in callers:
+        if not OPENAI_NAMES.issuperset(message):  # tens of thousands fit into a body
+            check_names(message, f"{name}.{index}.")
+        if settings.system_prompt and message.get("role") not in callers:
             raise wrong_field(f"{name}.{index}.role", "The operator has set a SYSTEM_PROMPT")
 
 
@@ -1260,9 +1160,7 @@ async def discard_body(receive: Receive) -> None:
 
 
 # To the next list or object that is not empty, over strings, one without an end among them.
-NEXT_NODE = re.compile(
-    rb'(?s)(?:[^"\[{]++|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|\[\]|\{\})*+(?:[\[{]|\Z)'
-)
+NEXT_NODE = re.compile(rb'(?s)(?:[^"\[{]++|"(?:[^"\\]++|\\.)*+"?|\[\]|\{\})*+(?:[\[{]|\Z)')
 
 
 def parse_body(body: bytes | bytearray, most: int) -> JsonObject:
@@ -1305,11 +1203,12 @@ async def read_body(
         if "expect" not in request.headers:  # a client that asked first has sent nothing yet
             await discard_body(request.receive)
         raise Failure("body_too_large")
-    most = settings.max_body_bytes // 20
+    most = max(10_000, settings.max_body_bytes // 20)
     if len(body) <= 65536:
         return read(parse_body(body, most))
-    # In a thread, since others shall have their turns meanwhile.
-    return await asyncio.to_thread(lambda: read(parse_body(body, most)))
+    # In a thread, where others have their turns meanwhile, and one at a time: each may take 30 MiB.
+    async with request.state["large_body"]:
+        return await asyncio.to_thread(lambda: read(parse_body(body, most)))
 
 
 def texts_of(messages: Iterable[Any]) -> Iterator[str]:
@@ -1328,42 +1227,43 @@ class ModelRequest:
     """A request to the model: *body* as it goes to *path* where the model refuses nothing of it."""
 
     caller: Caller
-    path: Literal["chat/completions", "responses"]
+    path: str  # chat/completions or responses
     model: str
     stream: bool
     body: JsonObject
     prompt_chars: int
 
 
-OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+# The newer name first, which wins.
+OTHER_NAME = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
 
 
-def with_operators_fields(body: JsonObject, caller: Caller, settings: Settings) -> JsonObject:
+def model_request(
+    path: str, body: JsonObject, prompt_chars: int, caller: Caller, settings: Settings
+) -> ModelRequest:
     """*body* with what the operator adds: OPENAI_EXTRA_BODY, and for OpenAI who the user is."""
+    model, stream = cast(str, body["model"]), bool(body.get("stream"))
     extra = settings.openai_extra_body or {}
-    if settings.is_openai and caller.user is not None:
+    if caller.user is not None and settings.api_domain == "openai.com":
         body["safety_identifier"] = hashlib.sha256(caller.user.encode()).hexdigest()
     if not extra.keys().isdisjoint(OTHER_NAME):
         body = {name: value for name, value in body.items() if name not in OTHER_NAME}
-    return body | extra
+    return ModelRequest(caller, path, model, stream, body | extra, prompt_chars)
 
 
 def chat_request(
     body: JsonObject, token_limit: JsonValue, prompt_chars: int, caller: Caller, settings: Settings
 ) -> ModelRequest:
     """A chat completion, whose *body* has all but the *token_limit* and what the operator adds."""
-    model, stream = cast(str, body["model"]), bool(body["stream"])
     if settings.system_prompt:
         first: JsonObject = {"role": "system", "content": settings.system_prompt}
         body["messages"] = [first, *cast(list[JsonValue], body["messages"])]
-    if stream:
-        options = body.get("stream_options")
-        usage: JsonObject = {"include_usage": True}
-        body["stream_options"] = {**options, **usage} if isinstance(options, dict) else usage
+    if body["stream"]:
+        options = cast(JsonObject, body.get("stream_options") or {})
+        body["stream_options"] = {**options, "include_usage": True}
     if token_limit is not None:
         body[settings.token_field] = token_limit
-    body = with_operators_fields(body, caller, settings)
-    return ModelRequest(caller, "chat/completions", model, stream, body, prompt_chars)
+    return model_request("chat/completions", body, prompt_chars, caller, settings)
 
 
 def allowed_model(name: str | MISSING, settings: Settings) -> str:
@@ -1389,18 +1289,14 @@ def read_chat(
     model: type[ChatCompletionRequest], caller: Caller, settings: Settings, values: JsonObject
 ) -> tuple[ModelRequest, bool]:
     """The request, and whether the client asks for the usage of a stream."""
-    check_names(values, CHAT_FIELDS)
+    check_names(values)
     asked = validate(model, values)
     check_messages("messages", asked.messages, settings)
-    name = allowed_model(asked.model, settings)
-    limits: list[Any] = [integral(n) for n in map(values.get, OTHER_NAME) if n is not None]
-    if all(isinstance(limit, int) for limit in limits):
-        limits.sort()
-    body: JsonObject = {**values, "model": name, "stream": bool(asked.stream)}
-    for each in OTHER_NAME:
-        body.pop(each, None)
+    body: JsonObject = {**values, "model": allowed_model(asked.model, settings)}
+    body["stream"] = bool(asked.stream)
+    limits: list[Any] = [integral(body.pop(each, None)) for each in OTHER_NAME]
+    limit = next((each for each in limits if each is not None), settings.max_output_tokens)
     chars = sum(map(len, texts_of(asked.messages)))
-    limit = limits[0] if limits else settings.max_output_tokens
     usage = bool((asked.stream_options or {}).get("include_usage"))
     return chat_request(body, limit, chars, caller, settings), usage
 
@@ -1408,19 +1304,17 @@ def read_chat(
 def read_responses(
     model: type[ResponsesRequest], caller: Caller, settings: Settings, values: JsonObject
 ) -> ModelRequest:
-    check_names(values, RESPONSES_FIELDS)
+    check_names(values)
     asked = validate(model, values)
     items = [{"content": asked.input}] if isinstance(asked.input, str) else asked.input
     check_messages("input", items, settings)
-    name = allowed_model(asked.model, settings)
-    body: JsonObject = {**values, "model": name}
+    body: JsonObject = {**values, "model": allowed_model(asked.model, settings)}
     if settings.system_prompt:
         body["instructions"] = settings.system_prompt
     if bound := values.get("max_output_tokens") or settings.max_output_tokens:
         body["max_output_tokens"] = bound
-    body = with_operators_fields(body, caller, settings)
     chars = sum(map(len, texts_of(items)))
-    return ModelRequest(caller, "responses", name, bool(asked.stream), body, chars)
+    return model_request("responses", body, chars, caller, settings)
 
 
 class Event(NamedTuple):
@@ -1691,6 +1585,7 @@ class ChatFold(Fold):
             0 in self.choices
             and not odd
             and block.count(b'"choices":[{"index":0,') == events
+            and b"data: [" not in block
             and b'},{"index":' not in block
             and b'"finish_reason":"' not in block
             and b'"error' not in block
@@ -2119,7 +2014,7 @@ OUT_OF_RANGE = re.compile(
 ADAPTABLE = ("max_completion_tokens", "max_tokens", "temperature", "stream_options")
 
 
-def refused_field(error: UpstreamError, sent: Collection[str]) -> str | None:
+def refused_field(error: UpstreamError, sent: set[str]) -> str | None:
     """The field, one of those *sent*, that a refusal says the model does not take.
 
     By its code, param, loc or message, since proxies change codes and servers have words of their
@@ -2226,7 +2121,7 @@ class Upstream:
         self.probing = asyncio.Lock()
         self.probed, self.reachable = -math.inf, False
 
-    def remember(self, model: str, refused: Set[str]) -> None:
+    def remember(self, model: str, refused: frozenset[str]) -> None:
         """Leave fields out of the requests to come, or send them by their other name."""
         known = self.refused.get(model, frozenset())
         for name in refused - known:
@@ -2259,7 +2154,7 @@ class Upstream:
 NO_RESPONSES_API = "The model's API knows no /responses; ask /v1/chat/completions here."
 
 
-NOTHING: Set[str] = frozenset()  # one for all: an empty set takes 216 bytes
+NOTHING: frozenset[str] = frozenset()  # one for all: an empty set takes 216 bytes
 
 
 class Tries:
@@ -2283,7 +2178,7 @@ class Tries:
         self.estimate = estimated_tokens(self.content)
         self.cost = self.estimate + output_bound(self.body)
 
-    def adaptable(self, body: JsonObject) -> Set[str]:
+    def adaptable(self, body: JsonObject) -> set[str]:
         """The fields in *body* that may be left out, or renamed, where the model refuses them."""
         names = ADAPTABLE if self.request.path == "chat/completions" else ("temperature",)
         return body.keys() & set(names) - self.fixed
@@ -2448,6 +2343,7 @@ class AppState(TypedDict):
     admission: Admission
     metrics: Metrics
     models: RequestModels
+    large_body: asyncio.Lock
     started: float
 
 
@@ -2478,7 +2374,7 @@ async def gunzipped(reads: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 def read_upstream(response: httpx2.Response) -> AsyncIterator[bytes]:
     """The bytes of an answer as they come."""
     # The stream itself, where nothing is to be decoded: aiter_bytes is three more layers.
-    stream = cast(AsyncIterable[bytes], response.stream)
+    stream = cast(httpx2.AsyncByteStream, response.stream)
     coding = response.headers.get("content-encoding", "").lower()
     if "gzip" in coding:
         return gunzipped(aiter(stream))
@@ -2934,12 +2830,7 @@ async def status(request: Request[AppState]) -> Response:
 async def logs(request: Request[AppState]) -> Response:
     """GET /logs: the newest events, of all levels or of one."""
     require_operator(request)
-    given: JsonObject = {}
-    if (limit := request.query_params.get("limit")) is not None:
-        given["limit"] = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else limit
-    if (level := request.query_params.get("level")) is not None:
-        given["level"] = level.upper() if level.isascii() else level
-    query = validate(LogsQuery, given)
+    query = validate(LogsQuery, {**request.query_params})
     wanted = None if query.level is MISSING else query.level
     return json_response(await request.state["events"].tail(level=wanted, limit=query.limit))
 
@@ -4027,6 +3918,7 @@ async def lifespan(
                 admission=admission,
                 metrics=Metrics(),
                 models=request_models(settings),
+                large_body=asyncio.Lock(),
                 started=time.monotonic(),
             )
             # uvicorn has just cut what was left, and would be gone before it is closed and logged.
@@ -4150,7 +4042,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
 
-def exit_with(message: object, code: int) -> NoReturn:
+def exit_with(message: object, code: int) -> Never:
     if sys.stderr is not None:
         print(message, file=sys.stderr)
     sys.exit(code)

@@ -921,7 +921,7 @@ TEXTS: dict[str, tuple[str, Any]] = {
     ),
     "ALLOWED_HOSTS": ("App.example,, b.example,", ("app.example", "b.example")),
     "API_TOKEN": (TOKEN, TOKEN),
-    "JWT_SECRET": ("s" * 32, "s" * 32),
+    "JWT_SECRET": ("s" * 32, b"s" * 32),
     "JWT_AUDIENCE": ("my app", "my app"),
     "ADMIN_TOKEN": (TOKEN, TOKEN),
     "RATE_LIMIT": ("60", 60),
