@@ -2553,6 +2553,9 @@ class Exchange(StreamingResponse):
                 answering.cancel()
                 await asyncio.wait([answering])
             await self.close_upstream()
+            # Both know this exchange, which else only a garbage collection would free.
+            await cast(AsyncGenerator[bytes], self.body_iterator).aclose()
+            self.timeout = asyncio.timeout(None)
         if self.failure and not self.started:
             await failure_response(scope, self.failure)(scope, receive, send)
 

@@ -5908,3 +5908,42 @@ async def test_a_compressed_body_of_any_size_is_whole(shared, size):
     text = "x" * (size - len(json.dumps(completion(""))))
     client = await shared(replies(200, zipped(completion(text)), content_encoding="gzip"))
     assert (await client.post("/ask", json=PLAIN)).json()["response"] == text
+
+
+@processes
+async def test_many_large_bodies_at_once_cost_little_more_than_one(tmp_path):
+    body = f'{{"messages":[{{}}],{KEYS}}}'
+    async with launched(cwd=tmp_path) as running:
+        at_first = running.peak()
+        asked = [running.client.post(CHAT, content=body, headers=JSON) for _ in range(20)]
+        assert {each.status_code for each in await asyncio.gather(*asked)} == {200}
+        assert running.peak() - at_first < 150
+
+
+@cases(
+    "script, body, heard",
+    {
+        "before its body is read": (Call.hang, chat(**{f"x{n}": n for n in range(50_000)}), b""),
+        "before a head": (Call.hang, STREAMED, None),
+        "in a stream": (stream(HOLA, Call.hang), STREAMED, b"Hola"),
+    },
+)
+async def test_nothing_is_kept_of_an_ask_whose_client_has_left(
+    start, upstream, script, body, heard
+):
+    client = await start(script)
+    gc.collect()
+    gc.disable()  # which would free it in the end
+    try:
+        async with asyncio.timeout(30):
+            while len(await closings(client, 0)) < 3:
+                upstream.called.clear()
+                async with asking(client, body, path=CHAT) as wire:
+                    if heard:
+                        await wire.reader.readuntil(heard)
+                    await (wire.writer.drain() if heard == b"" else upstream.called.wait())
+            # It is over a moment before it is gone.
+            while any(isinstance(each, service.Exchange) for each in gc.get_objects()):
+                await load(client)
+    finally:
+        gc.enable()
