@@ -41,14 +41,14 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Never, NotRequired, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypeVar, cast, get_args
 from urllib.parse import urlsplit
 
 import httpx2
@@ -56,6 +56,7 @@ import structlog
 import uvicorn
 from dotenv.parser import parse_stream
 from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient
+from openai.types import Model
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import (
@@ -2772,34 +2773,18 @@ async def responses(request: Request[AppState]) -> Response:
     return Exchange(asked, ResponsesEvents() if asked.stream else PassedJSON(), state)
 
 
-class Model(TypedDict):
-    """A model that a request may name."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(TypedDict):
-    """The models that a request may name."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
 async def models(request: Request[AppState]) -> Response:
     """GET /v1/models, and GET /v1/models/{id}."""
     identify(request)
     known = {
-        name: Model(id=name, object="model", created=0, owned_by="openai-backend")
+        name: {"id": name, "object": "model", "created": 0, "owned_by": "openai-backend"}
         for name in request.state["settings"].models
     }
     if "id" not in request.path_params:
-        return json_response(ModelList(object="list", data=[*known.values()]))
+        return json_response({"object": "list", "data": [*known.values()]})
     if model := known.get(request.path_params["id"]):
         return json_response(model)
-    raise Failure("model_not_found", errors=[FieldError(field="model", detail="No such model")])
+    raise wrong_field("model", "No such model", "model_not_found")
 
 
 class Status(TypedDict):
@@ -2815,7 +2800,6 @@ class Status(TypedDict):
 
 
 async def status(request: Request[AppState]) -> Response:
-    """GET /status."""
     state, settings = request.state, request.state["settings"]
     keyed = bool(settings.openai_api_key) and not settings.demo
     answer = Status(
@@ -2839,14 +2823,13 @@ async def logs(request: Request[AppState]) -> Response:
 
 
 async def metrics(request: Request[AppState]) -> Response:
-    """GET /metrics."""
     require_operator(request)
     lines = request.state["metrics"].exposition(request.state["admission"].asks)
     text = "".join(f"{line}\n" for line in lines)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def as_failure(exc: Exception, path: str) -> Failure:
+def as_failure(exc: Exception) -> Failure:
     """*exc* as one of ERRORS: the router's own, or a defect."""
     if isinstance(exc, Failure):
         return exc
@@ -2854,25 +2837,26 @@ def as_failure(exc: Exception, path: str) -> Failure:
         return Failure("internal_error")
     if exc.status_code == 405:
         return Failure("method_not_allowed", headers=exc.headers)
-    sdk = f"{path}/".startswith("/v1/") or f"/v1{path}" in V1_PATHS
-    known = f"For OpenAI's API there are here {', '.join(V1_PATHS)}."
-    return Failure("not_found", f"There is nothing at this path. {known}" if sdk else "")
+    known = f"for OpenAI's API there are {', '.join(V1_PATHS)}."
+    return Failure("not_found", f"There is nothing at this path; {known}")
 
 
 async def error_response(request: Request[Any], exc: Exception) -> Response:
     """The answer to a request that was not accepted; for an ask it is counted and logged."""
     scope, path = request.scope, route_path(request.scope)
-    failure = as_failure(exc, path)
+    failure = as_failure(exc)
     if path in ASK_PATHS and not isinstance(exc, ClientDisconnect):
         refused = scope["state"]["metrics"].refused
         refused[failure.code] = refused.get(failure.code, 0) + 1
-        facts: dict[str, object] = {"code": failure.code, "status": failure.status_code}
-        if failure.errors:
-            facts["fields"] = [each["field"] for each in failure.errors]
-        if "user" not in scope or scope["user"].stranger:
-            facts["stranger"] = failure.code
-        log.info("ask refused", **facts)
+        stranger = failure.code if "user" not in scope or scope["user"].stranger else None
+        told = {"code": failure.code, "status": failure.status_code, "stranger": stranger}
+        fields = {"fields": [each["field"] for each in failure.errors]} if failure.errors else {}
+        log.info("ask refused", **told, **fields)
     return failure_response(scope, failure)
+
+
+# The headers of all responses.
+ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"))
 
 
 class RequestMiddleware:
@@ -2881,8 +2865,6 @@ class RequestMiddleware:
     It also adds the headers that all responses have. It is the outermost, so it keeps the server's
     own `send` for Exchange, whose body passes no middleware.
     """
-
-    ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"))
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -2896,16 +2878,9 @@ class RequestMiddleware:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                    *self.ALWAYS,
-                ]
-                names = {name for name, _ in headers}
-                if b"cache-control" not in names:
+                headers = [*message["headers"], (b"x-request-id", request_id.encode()), *ALWAYS]
+                if b"cache-control" not in {name for name, _ in headers}:
                     headers.append((b"cache-control", b"no-store"))
-                if b"x-should-retry" in names:  # which OpenAI's library wants to see in a browser
-                    headers.append((b"access-control-expose-headers", b"X-Should-Retry"))
                 message = {**message, "headers": headers}
             try:
                 await send(message)
@@ -2934,7 +2909,8 @@ class GateMiddleware(CORSMiddleware):
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Request-ID"],
+            # The last is what OpenAI's library wants to see in a browser.
+            expose_headers=["Retry-After", "X-Request-ID", "X-Should-Retry"],
             allow_private_network=True,
         )
         self.checked_app, self.hosts = app, frozenset(settings.allowed_hosts)
@@ -2949,7 +2925,7 @@ class GateMiddleware(CORSMiddleware):
         host, origin = headers.get("host", "").lower(), headers.get("origin", "")
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         if has_body and "upgrade" in headers:
-            # uvicorn's parser has lost the body, and would take a late one for the next request.
+            # uvicorn's parser loses the body (uvicorn#2722), or takes it for the next request.
             return Failure("upgrade_not_supported", headers={"Connection": "close"})
         if host and not self.allows_host(host, scope["server"]):
             return Failure("host_not_allowed")
@@ -3007,9 +2983,9 @@ class LogDatabase:
         self.waiting: deque[LogEvent] = deque(maxlen=ring.events.maxlen)
         self.connection: sqlite3.Connection | None = None
         self.thread = ThreadPoolExecutor(1)
-        self.closed, self.stopping = False, asyncio.Event()
+        self.stopping = self.closed = False
         try:
-            self.thread.submit(self.open).result()
+            self.open()
         except UNUSABLE as exc:
             locked = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL}
             if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in locked:
@@ -3017,8 +2993,9 @@ class LogDatabase:
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
         self.waiting.append(as_log_event(event))
-        if self.closed:  # what the server says behind the lifespan
-            self.write()
+        if self.closed:  # what the server says behind the lifespan: SIGTERM may end it at once
+            with suppress(*UNUSABLE):
+                self.write()
             self.disconnect()
         return event
 
@@ -3032,62 +3009,53 @@ class LogDatabase:
                 connection.close()
                 raise
             self.connection = connection
-            for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
-                with suppress(FileNotFoundError):
-                    os.chmod(path, 0o600)  # they hold the names of users
         return self.connection
 
     def prepare(self, connection: sqlite3.Connection) -> None:
         """Raises sqlite3.Error or ValueError where the file is no log of this service."""
-        self.missing(connection)  # before anything is changed in it
-        connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
-        with connection:
+        with connection:  # which leaves the file as it was where anything fails
             connection.execute("BEGIN IMMEDIATE")
-            for sql in self.missing(connection):
-                connection.execute(sql)
+            found = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql > ''"))
+            for name, sql in self.SCHEMA.items():
+                if name not in found:
+                    connection.execute(sql)
+                elif found[name] != sql:
+                    raise ValueError(f"its table {name} has another schema; name a new file")
             # Fails where the file is read-only, as BEGIN IMMEDIATE does not.
             connection.execute("DELETE FROM events WHERE false")
-
-    def missing(self, connection: sqlite3.Connection) -> list[str]:
-        """What makes the tables that are not there yet; ValueError for one of another kind."""
-        found = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql > ''"))
-        for name, sql in self.SCHEMA.items():
-            if found.get(name, sql) != sql:
-                raise ValueError(f"its table {name} has another schema; name a new file")
-        return [sql for name, sql in self.SCHEMA.items() if name not in found]
+        connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
+        for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
+            with suppress(FileNotFoundError):
+                os.chmod(path, 0o600)  # they hold the names of users
 
     def disconnect(self) -> None:
         if self.connection is not None:
             self.connection.close()  # the last one leaves no -wal behind
             self.connection = None
 
-    def write(self) -> bool:
-        """Whether all that waited is in the file now."""
+    def write(self) -> None:
+        """Raises one of UNUSABLE where what waits cannot be written."""
         events = list(self.waiting)
+        if not events:
+            return
         rows = [(each["level"], utf8_json(to_json(each)).decode()) for each in events]
-        if not rows:
-            return True
-        try:
-            with self.open() as transaction:
-                transaction.executemany("INSERT INTO events (level, event) VALUES (?, ?)", rows)
-                too_old = "DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?"
-                transaction.execute(too_old, (self.waiting.maxlen,))
-        except UNUSABLE:
-            return False
+        with self.open() as transaction:
+            transaction.executemany("INSERT INTO events (level, event) VALUES (?, ?)", rows)
+            too_old = "DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?"
+            transaction.execute(too_old, (self.waiting.maxlen,))
         for event in events:
             # The deque itself may have dropped some meanwhile, to make room.
             if self.waiting and self.waiting[0] is event:
                 self.waiting.popleft()
-        return True
 
     def read(self, level: str | None, limit: int) -> list[LogEvent]:
-        all_written = self.write()
+        with suppress(*UNUSABLE):
+            self.write()
         newest = "SELECT event FROM events WHERE ? IN (level, '') ORDER BY id DESC LIMIT ?"
         rows = self.open().execute(newest, (level or "", limit))
-        events: list[LogEvent] = [json.loads(event) for (event,) in rows][::-1]
-        if not all_written:
-            events += (each for each in list(self.waiting) if level in (None, each["level"]))
-        return events[-limit:]
+        written: list[LogEvent] = [json.loads(event) for (event,) in rows][::-1]
+        waiting = [each for each in list(self.waiting) if level in (None, each["level"])]
+        return [*written, *waiting][-limit:]
 
     async def tail(self, *, level: str | None, limit: int) -> list[LogEvent]:
         """As the ring's, of all processes; those of this one that wait to be written come last."""
@@ -3109,33 +3077,37 @@ class LogDatabase:
     async def share(self, budget: DailyBudget) -> None:
         """Write what waits, and make *budget* that of all processes."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.thread, self.write)
-        budget.turn_page()
-        day, tokens = budget.day, budget.unshared
-        if not (budget.limit or tokens):
-            return
-        budget.unshared = 0
-        try:
+        with suppress(*UNUSABLE):
+            await loop.run_in_executor(self.thread, self.write)
+            budget.turn_page()
+            day, tokens = budget.day, budget.unshared
+            if not (budget.limit or tokens):
+                return
             used = await loop.run_in_executor(self.thread, self.add_tokens, day, tokens)
-        except UNUSABLE:
-            budget.unshared += tokens if day == budget.day else 0
-        else:
-            if day == budget.day:
+            if day == budget.day:  # else midnight has come meanwhile
+                budget.unshared -= tokens
                 budget.learn(used, tokens)
 
-    async def keep(self, budget: DailyBudget) -> None:
-        """Share until it is stopping; never cancelled, which might lose what is on its way."""
-        while not self.stopping.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.stopping.wait(), self.WRITE_SECONDS)
-            await self.share(budget)
+    @asynccontextmanager
+    async def keep(self, budget: DailyBudget) -> AsyncIterator[None]:
+        """Meanwhile what is logged and spent goes into the file every WRITE_SECONDS."""
 
-    async def close(self, budget: DailyBudget) -> None:
-        """From here on each event is written at once: SIGTERM ends the process at any moment."""
-        await self.share(budget)
-        self.thread.submit(self.disconnect).result()
-        self.thread.shutdown()
-        self.closed = True
+        async def keep_sharing() -> None:
+            while not self.stopping:
+                await asyncio.sleep(self.WRITE_SECONDS)
+                await self.share(budget)
+
+        await self.share(budget)  # what was used before a restart
+        keeper = asyncio.create_task(keep_sharing())
+        try:
+            yield
+        finally:
+            self.stopping = True
+            await keeper  # to cancel it might count tokens twice, or never
+            await self.share(budget)
+            self.thread.shutdown()
+            self.disconnect()
+            self.closed = True
 
 
 def words(text: str) -> list[str]:
@@ -3153,13 +3125,24 @@ class DemoAnswer:
     finish_reason: str = "stop"
     cut: bool = False
 
-    def up_to(self, limit: JsonValue) -> "DemoAnswer":
-        """The first words of it, no more than *limit*, reasoning included."""
+    def up_to(self, limit: int) -> "DemoAnswer":
+        """Its first *limit* words, reasoning included; 0 is no limit."""
         thoughts, said = words(self.reasoning), words(self.text)
-        if not isinstance(limit, int) or limit >= len(thoughts) + len(said):
+        if not 0 < limit < len(thoughts) + len(said):
             return self
         text = "".join(said[: max(0, limit - len(thoughts))])
-        return DemoAnswer(text, "".join(thoughts[:limit]), self.delay, "length", self.cut)
+        return replace(self, text=text, reasoning="".join(thoughts[:limit]), finish_reason="length")
+
+    def usage(self, asked: int, read: str, written: str) -> JsonObject:
+        """The tokens, under the names that the API has for those *read* and *written*."""
+        thoughts = len(words(self.reasoning))
+        answered = thoughts + len(words(self.text))
+        return {
+            f"{read}_tokens": asked,
+            f"{written}_tokens": answered,
+            "total_tokens": asked + answered,
+            f"{written}_tokens_details": {"reasoning_tokens": thoughts},
+        }
 
 
 # A prompt that begins with one of these words, so that a front end meets every branch.
@@ -3177,118 +3160,102 @@ DEMO_ANSWERS: Mapping[str, DemoAnswer] = {
 class DemoTransport(httpx2.AsyncBaseTransport):
     """The demo model, in the place of a network: all else on an ask's way is the real thing."""
 
-    PACE = 0.04
-
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        body: JsonObject = json.loads(request.content)
+        body = json.loads(request.content)
         said = body.get("messages") or body.get("input")
-        turns: list[Any] = said if isinstance(said, list) else [{"content": said}]
+        turns = said if isinstance(said, list) else [{"content": said}]
         prompt = "".join(texts_of(turns[-1:]))
-        if failing := re.match(r"\s*/error\s+(400|401|429|500|503)(?!\S)", prompt[:100]):
-            code = int(failing[1])
-            headers = {"Retry-After": "3"} if code == 429 else {}
-            error = {"message": f"The demo model was asked for a {code}.", "type": "demo"}
-            return httpx2.Response(code, headers=headers, json={"error": error}, request=request)
+        first, second, *_ = [*prompt[:100].split(), "", ""]
+        if first == "/error" and second in {"400", "401", "429", "500", "503"}:
+            headers = {"Retry-After": "3"} if second == "429" else {}
+            error = {"message": f"The demo model was asked for a {second}.", "type": "demo"}
+            return httpx2.Response(int(second), headers=headers, json={"error": error})
         quoted = prompt if len(prompt) <= 2000 else f"{prompt[:2000]} [...]"
         usual = DemoAnswer(f"This is the demo model, not OpenAI. You said: “{quoted}”")
-        answer = DEMO_ANSWERS.get("".join(prompt[:100].split()[:1]), usual)
+        answer = DEMO_ANSWERS.get(first, usual).up_to(output_bound(body))
         asked = sum(len(text.split()) for text in texts_of(turns))
-        if request.url.path.endswith("/responses"):
-            answer = answer.up_to(body.get("max_output_tokens"))
-            *events, plain = demo_responses(answer, asked)
-            end = b""
-        else:
-            answer = answer.up_to(body.get("max_completion_tokens") or body.get("max_tokens"))
-            *events, plain = demo_chat(answer, asked)
-            end = b"" if answer.cut else END_MARK
+        newer = request.url.path.endswith("/responses")
+        events, plain = (demo_responses if newer else demo_chat)(answer, asked)
         if body.get("stream"):
-            stream = self.paced(events, answer.delay, end)
-            return httpx2.Response(200, content=stream, request=request)
+            return httpx2.Response(200, content=self.paced(events, answer.delay))
         await asyncio.sleep(answer.delay)
-        content = utf8_json(to_json(plain))[: 100 if answer.cut else None]
-        return httpx2.Response(200, content=content, request=request)
+        content = utf8_json(to_json(plain))
+        return httpx2.Response(200, content=content[:100] if answer.cut else content)
 
-    async def paced(self, events: list[Any], delay: float, end: bytes) -> AsyncIterator[bytes]:
-        """*events* at a pace a person can watch, with *delay* behind the first, and then *end*."""
+    async def paced(self, events: list[bytes], delay: float) -> AsyncIterator[bytes]:
+        """*events* at a pace a person can watch, with *delay* behind the first."""
         for index, event in enumerate(events):
-            name = event.get("type")
-            yield (f"event: {name}\n".encode() if name else b"") + sse_event(event)
-            await asyncio.sleep(self.PACE if index else delay)
-        yield end
+            yield event
+            await asyncio.sleep(0.04 if index else delay)
 
 
-def demo_chat(answer: DemoAnswer, asked: int) -> Iterator[JsonObject]:
-    """The *answer* as chat completion chunks, and then as one plain completion."""
-    reasoned, spoken = len(words(answer.reasoning)), len(words(answer.text))
-    usage: JsonObject = {"prompt_tokens": asked, "completion_tokens": reasoned + spoken}
-    usage["total_tokens"] = asked + reasoned + spoken
-    message: JsonObject = {"role": "assistant", "content": answer.text}
-    if reasoned:
-        usage["completion_tokens_details"] = {"reasoning_tokens": reasoned}
-        message["reasoning_content"] = answer.reasoning
-    head: JsonObject = {"id": "chatcmpl-demo", "model": "demo", "created": int(time.time())}
-    chunk = head | {"object": "chat.completion.chunk"}
+def demo_chat(answer: DemoAnswer, asked: int) -> tuple[list[bytes], Chunk]:
+    """The *answer* as a stream of chat completion chunks, and as one plain completion."""
+    head = {"id": "chatcmpl-demo", "model": "demo", "created": int(time.time())}
+    usage = answer.usage(asked, "prompt", "completion")
 
-    def choice(part: str, value: JsonValue, reason: str | None = None) -> JsonObject:
-        return {"choices": [{"index": 0, part: value, "finish_reason": reason}]}
+    def chunk(delta: JsonObject, reason: str | None = None) -> Chunk:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return {**head, "object": "chat.completion.chunk", "choices": [choice]}
 
-    yield chunk | choice("delta", {"role": "assistant", "content": ""})
-    for name, text in (("reasoning_content", answer.reasoning), ("content", answer.text)):
-        for word in words(text):
-            yield chunk | choice("delta", {name: word})
+    chunks = [chunk({"role": "assistant", "content": ""})]
+    chunks += [chunk({"reasoning_content": word}) for word in words(answer.reasoning)]
+    chunks += [chunk({"content": word}) for word in words(answer.text)]
+    ends = [chunk({}, answer.finish_reason), chunk({}) | {"choices": [], "usage": usage}]
+    events = [*map(sse_event, chunks)]
     if not answer.cut:
-        yield chunk | choice("delta", {}, answer.finish_reason)
-        yield chunk | {"choices": [], "usage": usage}
-    whole = head | {"object": "chat.completion", "usage": usage}
-    yield whole | choice("message", message, answer.finish_reason)
+        events += [*map(sse_event, ends), END_MARK]
+    thoughts = answer.reasoning or None
+    message = {"role": "assistant", "content": answer.text, "reasoning_content": thoughts}
+    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
+    return events, {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
 
 
-def demo_responses(answer: DemoAnswer, asked: int) -> Iterator[JsonObject]:
-    """The *answer* as events of the Responses API, and then as one plain response."""
-    reasoned, spoken = len(words(answer.reasoning)), len(words(answer.text))
+def demo_responses(answer: DemoAnswer, asked: int) -> tuple[list[bytes], Chunk]:
+    """The *answer* as a stream of the Responses API, and as one plain response."""
     state = "completed" if answer.finish_reason == "stop" else "incomplete"
-    begun: JsonObject = {"id": "resp_demo", "object": "response", "model": "demo", "output": []}
+    begun: Chunk = {"id": "resp_demo", "object": "response", "model": "demo", "output": []}
     begun |= {"created_at": int(time.time()), "status": "in_progress", "tools": [], "error": None}
     begun |= {"parallel_tool_calls": True, "tool_choice": "auto", "incomplete_details": None}
-    output: list[JsonValue] = []
-    events: list[JsonObject] = [{"type": "response.created", "response": begun}]
-    if reasoned:
-        part: JsonObject = {"type": "summary_text", "text": answer.reasoning}
-        thought: JsonObject = {"id": "rs_demo", "type": "reasoning", "summary": [part]}
-        output.append(thought)
-        events += item_events(0, thought, part, answer.cut)
-    part = {"type": "output_text", "annotations": [], "text": answer.text}
-    message: JsonObject = {"id": "msg_demo", "type": "message", "role": "assistant"}
-    message |= {"status": state, "content": [part]}
-    events += item_events(len(output), message, part, answer.cut)
-    usage: JsonObject = {"input_tokens": asked, "output_tokens": reasoned + spoken}
-    usage["total_tokens"] = asked + reasoned + spoken
-    usage["output_tokens_details"] = {"reasoning_tokens": reasoned}
-    whole = begun | {"status": state, "output": [*output, message], "usage": usage}
+    said = {"type": "output_text", "annotations": [], "text": answer.text}
+    message = {"type": "message", "role": "assistant", "status": state, "content": [said]}
+    output: list[Chunk] = [{"id": "msg_demo", **message}]
+    if answer.reasoning:
+        thought = {"type": "summary_text", "text": answer.reasoning}
+        output.insert(0, {"id": "rs_demo", "type": "reasoning", "summary": [thought]})
+    whole = begun | {"status": state, "output": output}
+    whole["usage"] = answer.usage(asked, "input", "output")
     if state == "incomplete":
         whole["incomplete_details"] = {"reason": "max_output_tokens"}
-    if not answer.cut:
-        events.append({"type": f"response.{state}", "response": whole})
-    yield from (event | {"sequence_number": number} for number, event in enumerate(events))
-    yield whole
+    events: list[Chunk] = [{"type": "response.created", "response": begun}]
+    for index, item in enumerate(output):
+        events += item_events(index, item)
+    events.append({"type": f"response.{state}", "response": whole})
+    if answer.cut:
+        del events[-4:]  # the ends of the text, of its part, of its item and of the response
+    numbered = (event | {"sequence_number": number} for number, event in enumerate(events))
+    return [f"event: {each['type']}\n".encode() + sse_event(each) for each in numbered], whole
 
 
-def item_events(index: int, item: JsonObject, part: JsonObject, cut: bool) -> Iterator[JsonObject]:
-    """The events of one *item* of the output, whose one part is *part*."""
+def item_events(index: int, item: Chunk) -> list[Chunk]:
+    """The events of one *item* of the output, which has one part."""
     parts, section, name = "content", "content_part", "output_text"
     if item["type"] == "reasoning":
         parts, section, name = "summary", "reasoning_summary_part", "reasoning_summary_text"
-    place: JsonObject = {"output_index": index}
-    where = place | {"item_id": item["id"], f"{parts}_index": 0}
-    text = str(part["text"])
-    yield {"type": "response.output_item.added", **place, "item": item | {parts: []}}
-    yield {"type": f"response.{section}.added", **where, "part": part | {"text": ""}}
-    for word in words(text):
-        yield {"type": f"response.{name}.delta", **where, "delta": word}
-    if not cut:
-        yield {"type": f"response.{name}.done", **where, "text": text}
-        yield {"type": f"response.{section}.done", **where, "part": part}
-        yield {"type": "response.output_item.done", **place, "item": item}
+    (part,) = item[parts]
+    place = {"output_index": index}
+    where = {**place, "item_id": item["id"], f"{parts}_index": 0}
+    return [
+        {"type": "response.output_item.added", **place, "item": item | {parts: []}},
+        {"type": f"response.{section}.added", **where, "part": part | {"text": ""}},
+        *(
+            {"type": f"response.{name}.delta", **where, "delta": word}
+            for word in words(part["text"])
+        ),
+        {"type": f"response.{name}.done", **where, "text": part["text"]},
+        {"type": f"response.{section}.done", **where, "part": part},
+        {"type": "response.output_item.done", **place, "item": item},
+    ]
 
 
 def ref(name: str) -> dict[str, str]:
@@ -3296,7 +3263,7 @@ def ref(name: str) -> dict[str, str]:
 
 
 class UntitledSchema(GenerateJsonSchema):
-    """Schemas without a title for each field, which says its name once more."""
+    """Schemas without a title for each field, by which generators of clients name types."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -3305,43 +3272,35 @@ class UntitledSchema(GenerateJsonSchema):
 def schemas(settings: Settings) -> dict[str, Any]:
     """What goes over the wire: requests as they are validated, the rest as it is typed."""
     sent = (Answer, PieceEvent, DoneEvent, ErrorEvent, Problem, OpenAIErrorBody, Status, LogEvent)
-    types: tuple[type[Any], ...] = (*request_models(settings), *sent, Model, ModelList)
+    types: tuple[type[Any], ...] = (*request_models(settings), *sent, Model)
     _, document = TypeAdapter.json_schemas(
         [(each.__name__, "validation", TypeAdapter(each)) for each in types],
         ref_template=ref("{model}")["$ref"],
         schema_generator=UntitledSchema,
     )
-    definitions: dict[str, Any] = document["$defs"]
-    return definitions
+    return cast(dict[str, Any], document["$defs"])
 
 
-TEXT = {"schema": {"type": "string"}}
-# Codes that no ask is answered with, or only with a token or under /v1, or that every route has.
-NOT_OF_AN_ASK = {"host_not_allowed", "not_found", "method_not_allowed", "unauthorized"}
-NOT_OF_AN_ASK |= {"model_not_found", "internal_error"}
-ASK_CODES = [code for code in ERRORS if code not in NOT_OF_AN_ASK]
-
-
-def json_content(schema: object, **more: object) -> dict[str, Any]:
-    return {JSON: {"schema": schema, **more}}
+TEXT, OBJECT = {"schema": {"type": "string"}}, {"schema": {"type": "object"}}
+# No ask is answered with these, or only under /v1, or only where it wants a token.
+OTHER_CODES = {"not_found", "method_not_allowed", "model_not_found", "unauthorized"}
 
 
 def operation(
     name: str, summary: str, content: object, codes: Iterable[Code] = (), secured: bool = False
 ) -> dict[str, Any]:
     """An operation that answers with *content*, or with the error of one of *codes*."""
-    extra = {"401": "WWW-Authenticate"} | dict.fromkeys(("429", "502", "503"), "Retry-After")
     answers: dict[str, Any] = {"200": {"description": "OK", "content": content}}
-    for code in ("host_not_allowed", *["unauthorized"] * secured, *codes, "internal_error"):
-        failure = Failure(code, retry_after=12 if code == "too_many_asks" else None)
-        problem: Any = failure.problem("7f0c2a")
-        kind, schema = PROBLEM, "Problem"
-        if name in {"createChatCompletion", "createResponse", "listModels", "retrieveModel"}:
-            problem, kind, schema = failure.openai_error(), JSON, "OpenAIErrorBody"
+    v1 = name in {"createChatCompletion", "createResponse", "listModels", "retrieveModel"}
+    kind, schema = (JSON, "OpenAIErrorBody") if v1 else (PROBLEM, "Problem")
+    possible = {"host_not_allowed", *codes, *["unauthorized"] * secured, "internal_error"}
+    for failure in (Failure(code, retry_after=12) for code in ERRORS if code in possible):
         content = {kind: {"schema": ref(schema), "examples": {}}}
         new = {"description": failure.title, "content": content}
         answer = answers.setdefault(str(failure.status_code), new)
-        answer["content"][kind]["examples"][code] = {"value": problem}
+        shown = failure.openai_error() if v1 else failure.problem("7f0c2a")
+        answer["content"][kind]["examples"][failure.code] = {"value": shown}
+    extra = {"401": "WWW-Authenticate"} | dict.fromkeys(("429", "502", "503"), "Retry-After")
     for status_code, answer in answers.items():
         names = filter(None, ("X-Request-ID", extra.get(status_code)))
         answer["headers"] = dict.fromkeys(names, TEXT)
@@ -3349,25 +3308,23 @@ def operation(
     return {"operationId": name, "summary": summary, "responses": answers, **security}
 
 
-def event_stream(event: object, example: bytes) -> dict[str, Any]:
-    """The content of a stream, an event as OpenAPI 3.2 models it in its itemSchema."""
-    data = {"anyOf": [{"contentMediaType": JSON, "contentSchema": event}]}
-    if example.endswith(END_MARK):
-        data["anyOf"].append({"const": "[DONE]"})
-    properties = {"data": {"type": "string", **data}}
-    schema = {"type": "object", "properties": properties, "required": ["data"]}
-    return {SSE: {"schema": schema, "example": example.decode()}}
+def event_stream(data: object, example: bytes) -> dict[str, Any]:
+    """A stream by one of its events, as OpenAPI 3.2 models it in its itemSchema."""
+    line = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
+    event = {"type": "object", "properties": {"data": line}, "required": ["data"]}
+    return {"schema": event, "example": example.decode()}
 
 
 def post_operations(secured: bool) -> dict[str, Any]:
     """What asks the model; JSON first, since generated clients take that."""
 
-    def post(name: str, api: str, request: str, example: object, answer: object) -> dict[str, Any]:
-        codes = [*ASK_CODES, "model_not_found"] if api else ASK_CODES
-        asked = {"required": True, "content": json_content(ref(request), example=example)}
-        found = operation(name, f"Ask{api}", answer, codes, secured)
+    def post(name: str, api: str, body: str, example: object, content: object) -> dict[str, Any]:
+        codes = ERRORS.keys() - OTHER_CODES | ({"model_not_found"} if api else set())
+        asked = {"required": True, "content": {JSON: {"schema": ref(body), "example": example}}}
+        found = operation(name, f"Ask{api}", content, codes, secured)
         return {"post": found | {"requestBody": asked}}
 
+    usual = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
     pieces = [
         {"type": "reasoning", "content": "The user greets"},
         {"type": "delta", "content": "Hola"},
@@ -3375,21 +3332,18 @@ def post_operations(secured: bool) -> dict[str, Any]:
     ]
     event = {"oneOf": [ref("PieceEvent"), ref("DoneEvent"), ref("ErrorEvent")]}
     stream = event_stream(event, b"".join(map(sse_event, pieces)) + END_MARK)
-    answer = json_content(ref("Answer")) | stream | {"text/plain": TEXT}
-    usual = {"prompt": "Say hello in three languages.", "temperature": 0.7, "max_tokens": 1000}
-    whole, part = {"type": "object"}, {"index": 0, "delta": {"content": "Hola"}}
-    chunk = sse_event({"object": "chat.completion.chunk", "choices": [part]}) + END_MARK
-    chat_answer = json_content(whole) | event_stream(whole, chunk)
+    answer = {JSON: {"schema": ref("Answer")}, SSE: stream, "text/plain": TEXT}
     chat = {"messages": [{"role": "user", "content": "Hola"}]}
-    kind = "response.output_text.delta"
-    delta = f"event: {kind}\n".encode() + sse_event({"type": kind, "delta": "Hola"})
-    newer_answer = json_content(whole) | event_stream(whole, delta)
+    chunk = b'data: {"choices":[{"index":0,"delta":{"content":"Hola"}}]}\n\n' + END_MARK
+    delta = b"event: response.output_text.delta\n"
+    delta += b'data: {"type":"response.output_text.delta","delta":"Hola"}\n\n'
     older = "createChatCompletion", ", as with OpenAI's own API", "ChatCompletionRequest"
     newer = "createResponse", ", as with OpenAI's newer API", "ResponsesRequest"
+    chunks, events = (event_stream({"type": "object"}, each) for each in (chunk, delta))
     return {
         "/ask": post("ask", "", "Ask", usual, answer),
-        "/v1/chat/completions": post(*older, chat, chat_answer),
-        "/v1/responses": post(*newer, {"input": "Hola"}, newer_answer),
+        "/v1/chat/completions": post(*older, chat, {JSON: OBJECT, SSE: chunks}),
+        "/v1/responses": post(*newer, {"input": "Hola"}, {JSON: OBJECT, SSE: events}),
     }
 
 
@@ -3398,14 +3352,16 @@ def get_operations(asks: bool, logs: bool) -> dict[str, Any]:
     query = LogsQuery.model_json_schema()["properties"].items()
     of_logs = [{"name": name, "in": "query", "schema": each} for name, each in query]
     of_model = [{"name": "id", "in": "path", "required": True, **TEXT}]
-    events = json_content({"type": "array", "items": ref("LogEvent")})
-    known, one = json_content(ref("ModelList")), json_content(ref("Model"))
-    html, document = {"text/html": TEXT}, json_content({"type": "object"})
+    html, text, document = {"text/html": TEXT}, {"text/plain": TEXT}, {JSON: OBJECT}
+    state, one = ({JSON: {"schema": ref(each)}} for each in ("Status", "Model"))
+    events = {JSON: {"schema": {"type": "array", "items": ref("LogEvent")}}}
+    fields = {"object": {"const": "list"}, "data": {"type": "array", "items": ref("Model")}}
+    known = {JSON: {"schema": {"type": "object", "properties": fields, "required": [*fields]}}}
     found = {
         "/": operation("page", "A page to ask from", html),
-        "/status": operation("status", "Whether it all works", json_content(ref("Status"))),
+        "/status": operation("status", "Whether it all works", state),
         "/logs": operation("logs", "Newest events", events, ["invalid_request"], logs),
-        "/metrics": operation("metrics", "For Prometheus", {"text/plain": TEXT}, secured=logs),
+        "/metrics": operation("metrics", "For Prometheus", text, secured=logs),
         "/v1/models": operation("listModels", "What may be named", known, secured=asks),
         "/v1/models/{id}": operation("retrieveModel", "One", one, ["model_not_found"], asks),
         "/openapi.json": operation("document", "This document", document),
@@ -3845,12 +3801,10 @@ PAGE = r"""
 
 def page() -> Response:
     """GET /: the page, whose policy lets nothing in but its own style and script."""
-
-    def hashed(text: str) -> str:
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
+    digests = (hashlib.sha256(each.encode()).digest() for each in (PAGE_STYLE, PAGE_SCRIPT))
+    style, script = (base64.b64encode(each).decode() for each in digests)
     policy = (
-        f"default-src 'none'; script-src {hashed(PAGE_SCRIPT)}; style-src {hashed(PAGE_STYLE)}; "
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
@@ -3881,11 +3835,7 @@ def raise_file_limit(asks: int) -> None:
         import resource  # Windows has none, and no such limit
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 2 * asks + 200
-        if hard != resource.RLIM_INFINITY:
-            wanted = min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2 * asks + 200, hard)), hard))
 
 
 def log_start(settings: Settings) -> None:
@@ -3908,31 +3858,25 @@ async def lifespan(
     raise_file_limit(settings.max_concurrent_asks)
     log_start(settings)
     admission = Admission(settings)
-    if database:
-        await database.share(admission.budget)  # what was used before a restart
-    keeper = asyncio.create_task(database.keep(admission.budget)) if database else None
-    try:
-        async with ModelClient(create_http_client(settings), settings) as client:
-            yield AppState(
-                settings=settings,
-                mask=mask,
-                events=database or ring,
-                upstream=Upstream(client, settings),
-                admission=admission,
-                metrics=Metrics(),
-                models=request_models(settings),
-                large_body=asyncio.Lock(),
-                started=time.monotonic(),
-            )
-            # uvicorn has just cut what was left, and would be gone before it is closed and logged.
-            deadline = time.monotonic() + 1
-            while admission.asks["active"] and time.monotonic() < deadline:  # noqa: ASYNC110 - it alone
-                await asyncio.sleep(0.01)
-    finally:
-        if database and keeper:
-            database.stopping.set()
-            await keeper
-            await database.close(admission.budget)
+    async with (
+        database.keep(admission.budget) if database else nullcontext(),
+        ModelClient(create_http_client(settings), settings) as client,
+    ):
+        yield AppState(
+            settings=settings,
+            mask=mask,
+            events=database or ring,
+            upstream=Upstream(client, settings),
+            admission=admission,
+            metrics=Metrics(),
+            models=request_models(settings),
+            large_body=asyncio.Lock(),
+            started=time.monotonic(),
+        )
+        # uvicorn has just cut what was left, and would be gone before it is closed and logged.
+        deadline = time.monotonic() + 1
+        while admission.asks["active"] and time.monotonic() < deadline:  # noqa: ASYNC110 - it alone
+            await asyncio.sleep(0.01)
 
 
 def create_app(settings: Settings) -> ASGIApp:
@@ -3970,42 +3914,28 @@ class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's own, with a bound on heads and trailers, right where it is odd."""
 
     # Beside the dict: with these it would be over the 30 names whose table instances can share.
-    __slots__ = ("head_bytes", "running", "unparsed", "upgrading")
+    __slots__ = ("cycles", "head_bytes", "unparsed")
 
     def connection_made(self, transport: Any) -> None:
-        # Bytes since the parser last got on, and those of the head and trailers that it has read.
+        # Bytes since the parser last got on, and those of the headers or trailers that it has read.
         self.unparsed = self.head_bytes = 0
-        self.upgrading = False
-        # The request that is answered; `cycle` is the newest, which may wait behind it.
-        self.running: RequestResponseCycle | None = None
+        # The request that is answered, and those behind it, of which uvicorn knows the last.
+        self.cycles: list[RequestResponseCycle] = []
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
         if not (self.cycle or self.unparsed) and b" HTTP/1.0\r\n" in data[:MAX_HEAD_BYTES]:
-            self.hand_over(data)
-        elif not self.upgrading:  # else this is the body of a request that was refused
+            # uvicorn's other protocol takes over: this one sends chunks to a client of HTTP/1.0.
+            self.connections.discard(self)
+            protocol = H11Protocol(self.config, self.server_state, self.app_state)
+            protocol.connection_made(self.transport)
+            self.transport.set_protocol(protocol)
+            protocol.data_received(data)
+        else:
             self.unparsed += len(data)
             super().data_received(data)
             if self.unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The head of the request is too large.")
-
-    def hand_over(self, data: bytes) -> None:
-        """To uvicorn's other protocol, since this one sends chunks to a client of HTTP/1.0."""
-        self.connections.discard(self)
-        protocol = H11Protocol(self.config, self.server_state, self.app_state)
-        protocol.connection_made(self.transport)
-        self.transport.set_protocol(protocol)
-        protocol.data_received(data)
-
-    def send_400_response(self, msg: str) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            super().send_400_response(msg)
-        else:  # behind the head of an answer, for its trailers
-            self.transport.close()
-
-    def on_message_begin(self) -> None:
-        self.head_bytes = 0
-        super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.head_bytes += len(name) + len(value) + 3  # a colon and the line end
@@ -4014,15 +3944,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        names = {name for name, _ in self.headers}
-        has_body = not names.isdisjoint({b"content-length", b"transfer-encoding"})
-        # httptools has lost the body then (uvicorn#2722), and would take it for the next request.
-        self.upgrading = b"upgrade" in names and has_body
-        self.unparsed = 0
+        self.unparsed = self.head_bytes = 0
         super().on_headers_complete()
-        if not self.pipeline:
-            self.running = self.cycle
-        elif len(self.pipeline) < 8:  # else nothing tells that the client has left
+        self.cycles = [each for each in self.cycles if not each.response_complete] + [self.cycle]
+        if len(self.cycles) <= 8:  # else nothing tells that the client has left
             self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
@@ -4030,34 +3955,26 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.unparsed = 0
+        self.unparsed = self.head_bytes = 0
         super().on_message_complete()
 
-    def on_response_complete(self) -> None:
-        waiting = self.pipeline[-1][0] if self.pipeline else None
-        super().on_response_complete()
-        self.running = waiting or self.running
-
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.running and not self.running.response_complete:
-            self.running.disconnected = True
-            self.running.message_event.set()
+        for cycle in self.cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
 
 
-def exit_with(message: object, code: int) -> Never:
-    if sys.stderr is not None:
-        print(message, file=sys.stderr)
-    sys.exit(code)
-
-
+@cache
 def configured_app() -> tuple[Settings, ASGIApp]:
     """The app of the environment; a wrong one ends the process, with a line for each mistake."""
     try:
         settings = Settings.from_env(environment())
         return settings, create_app(settings)
     except ConfigError as exc:
-        exit_with(exc, 2)
+        print(exc, file=sys.stderr)
+        sys.exit(2)
 
 
 def main() -> None:
@@ -4067,7 +3984,7 @@ def main() -> None:
     try:
         listener = socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as exc:
-        exit_with(f"cannot listen on API_HOST={host} API_PORT={port}: {exc}", 1)
+        sys.exit(f"cannot listen on API_HOST={host} API_PORT={port}: {exc}")
     # uvloop does this by itself, asyncio would hold small writes back for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     log.info("listening", url=f"http://{name}:{listener.getsockname()[1]}")
@@ -4078,7 +3995,6 @@ def main() -> None:
         http=BoundedProtocol,
         ws="none",
         log_config=None,
-        access_log=False,
         timeout_graceful_shutdown=30,
         timeout_keep_alive=75,
     )
@@ -4086,15 +4002,10 @@ def main() -> None:
         uvicorn.Server(config).run(sockets=[listener])
 
 
-@cache
-def default_app() -> ASGIApp:
-    return configured_app()[1]
-
-
 def __getattr__(name: str) -> ASGIApp:
     """`uvicorn service:app` finds its app here (PEP 562), so that an import starts nothing."""
     if name == "app":
-        return default_app()
+        return configured_app()[1]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -699,7 +699,8 @@ def problem(response: Any, code: str) -> dict[str, Any]:
     if response.request.headers.get("origin") == PAGE:
         assert response.headers["access-control-allow-origin"] == PAGE
         exposed = response.headers["access-control-expose-headers"].lower()
-        assert {"retry-after", "x-request-id"} == set(re.split(", *", exposed))
+        known = {"retry-after", "x-request-id", "x-should-retry"}
+        assert known == set(re.split(", *", exposed))
     return body
 
 
@@ -4906,11 +4907,10 @@ async def test_a_model_of_the_list_is_told_by_its_name(shared):
 
 
 async def test_a_404_where_a_library_may_have_gone_astray_names_the_paths(client):
-    for path in ("/v1", "/v1/embeddings", "/v1/x/y", "/chat/completions", "/responses", "/x"):
+    for path in ("/v1", "/v1/embeddings", "/v1/x/y", "/chat/completions", "/responses"):
         response = await client.post(path, json=BODY)
         assert (response.status_code, '"not_found"' in response.text) == (404, True)
-        there = [each in response.text for each in (CHAT, "/v1/responses", "/v1/models")]
-        assert there == [path != "/x"] * 3
+        assert all(each in response.text for each in (CHAT, "/v1/responses", "/v1/models"))
 
 
 # POST /v1/responses.
