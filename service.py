@@ -38,7 +38,7 @@ import string
 import sys
 import time
 import zlib
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
@@ -55,7 +55,7 @@ import httpx2
 import structlog
 import uvicorn
 from dotenv.parser import parse_stream
-from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient
+from openai import AsyncOpenAI, DefaultAioHttpClient
 from openai.types import Model
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
@@ -1332,11 +1332,7 @@ class Event(NamedTuple):
 class SSEDecoder:
     """Whole Server-Sent Events out of bytes that are split anywhere (WHATWG HTML, section 9.2)."""
 
-    # A CR that ends a read may be half of a CRLF, so it waits for what comes next.
-    LINE_END = rb"(?:\n|\r\n|\r(?=[^\n]))"
-    EVENT_END = re.compile(LINE_END + LINE_END)
-    # In whole events there is nothing to wait for.
-    EVENT_ENDED = re.compile(rb"(?:\n|\r\n|\r(?!\n)){2}")
+    EVENT_END = re.compile(rb"(?:\n|\r\n|\r(?!\n)){2}")
 
     def __init__(self) -> None:
         self.rest = bytearray()
@@ -1351,7 +1347,9 @@ class SSEDecoder:
         self.rest += read
         end = 0
         if self.has_cr:
-            for found in self.EVENT_END.finditer(self.rest, searched):
+            # A CR that ends a read may be half of a CRLF, so it waits for what comes next.
+            known = len(self.rest) - self.rest.endswith(b"\r")
+            for found in self.EVENT_END.finditer(self.rest, searched, known):
                 end = found.end()
         else:
             end = self.rest.rfind(b"\n\n", searched) + 2
@@ -1382,12 +1380,12 @@ class SSEDecoder:
 
     def events(self, block: bytes) -> Iterator[Event]:
         """Each event in *block*."""
-        start = 0
         if not self.has_cr:
-            for event in block[:-2].split(b"\n\n"):
-                yield self.event(event, event + b"\n\n")
+            for lines in block[:-2].split(b"\n\n"):
+                yield self.event(lines, lines + b"\n\n")
             return
-        for end in self.EVENT_ENDED.finditer(block):
+        start = 0
+        for end in self.EVENT_END.finditer(block):
             yield self.event(block[start : end.start()], block[start : end.end()])
             start = end.end()
 
@@ -1409,23 +1407,17 @@ class SSEDecoder:
         return Event(raw, name, b"\n".join(data))
 
 
-class BodyDecoder:
+class BodyDecoder(SSEDecoder):
     """A plain answer as one event."""
 
-    def __init__(self) -> None:
-        self.body = bytearray()
-
     def feed(self, read: bytes) -> bytes:
-        self.body += read
-        if len(self.body) > MAX_UPSTREAM_BYTES:
+        self.rest += read
+        if len(self.rest) > MAX_UPSTREAM_BYTES:
             raise Failure("upstream_error", cause="a body without end")
         return b""
 
-    # What the other decoder knows of its bytes: this one is never looked at in haste, nor torn.
-    has_cr, torn = True, False
-
     def close(self) -> bytes:
-        return bytes(self.body)
+        return bytes(self.rest)
 
     def parts(self, block: bytes) -> list[bytes]:
         return [block]
@@ -1454,17 +1446,19 @@ def error_in(chunk: Chunk) -> object:
         return None  # as nearly always
     groq, base = chunk.get("x_groq"), chunk.get("base_resp")
     if isinstance(groq, dict) and groq.get("error"):
-        return {"error": groq["error"]}
-    if isinstance(base, dict) and base.get("status_code"):
-        return chunk
-    if any(map(chunk.get, ERROR_NAMES)) or chunk.get("error") == {}:
-        return chunk
+        return groq
+    named = any(map(chunk.get, ERROR_NAMES)) or chunk.get("error") == {}
+    failed = isinstance(base, dict) and base.get("status_code")
     coded = not CODES.isdisjoint(chunk) and (chunk.get("message") or chunk.get("msg"))
-    return chunk if not chunk.get("choices") and (chunk.get("detail") or coded) else None
+    alone = not chunk.get("choices") and (chunk.get("detail") or coded)
+    return chunk if named or failed or alone else None
+
+
+DONE = b"[DONE]"
 
 
 def chunks_in(event: Event) -> list[Chunk]:
-    """The objects in *event*, one, or one in each line of its data; none in `null` and comments.
+    """The objects in *event*, one, or one in each line of its data; none in `null` and `[DONE]`.
 
     Raises a Failure for an error of the upstream, and for what is no JSON.
     """
@@ -1473,18 +1467,19 @@ def chunks_in(event: Event) -> list[Chunk]:
         with suppress(ValueError):
             error = parse_json(event.data)
         raise from_upstream(read_error(error))
-    if not event.data:
+    data = event.data
+    if data.endswith(DONE):
+        data = data[: -len(DONE)].strip()
+    if not data:
         return []
     try:
         try:
-            values = [parse_json(event.data)]
+            values = [parse_json(data)]
         except ValueError:
-            values = [parse_json(line) for line in event.data.splitlines()]
+            values = [parse_json(line) for line in data.splitlines()]
     except ValueError as exc:
         raise Failure("upstream_error", cause="no JSON") from exc
-    items = itertools.chain.from_iterable(
-        value if isinstance(value, list) else [value] for value in values
-    )
+    items = (item for value in values for item in (value if isinstance(value, list) else [value]))
     return [item for item in items if isinstance(item, dict)]
 
 
@@ -1524,9 +1519,11 @@ class Fold:
 
     model: str
     stream: bool
+    # `temperature` was asked for, and left out because the model refuses it.
+    ignored: bool
     finish_reason: str | None = None
     tokens_used: int | None = None
-    usage: Usage = field(default_factory=Usage)
+    usage: dict[str, int] = field(default_factory=dict)
     # Some of it has come, of whatever kind; its own end has, and nothing behind that is read.
     received: bool = False
     done: bool = False
@@ -1537,11 +1534,34 @@ class Fold:
     # Of an answer that is taken apart: its text, and all else that costs tokens.
     answer_chars: int = 0
     other_chars: int = 0
+    # The choices begun, by index, and whether each has its finish_reason; a response has none.
+    choices: dict[int, bool] = field(default_factory=dict)
     # How many chunks have gone on with a choice.
     progress: int = 0
     # Of one that passes untouched.
     events: int = 0
     bytes: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether each choice begun has its finish_reason; Ollama ends with [DONE] alone."""
+        return bool(self.choices) and all(self.choices.values())
+
+    def add(self, event: Event) -> list[Chunk]:
+        """The objects in *event*; raises a Failure where it is an error, or ends nothing."""
+        chunks = chunks_in(event)
+        for chunk in chunks:
+            self.add_chunk(chunk)
+        end_mark = event.data.endswith(DONE)
+        if end_mark and not self.choices:
+            raise Failure("upstream_error", cause="an end without an answer")
+        if not self.stream and (not chunks or event.data.lstrip().startswith(b"[")):
+            raise Failure("upstream_error", cause="no JSON object")
+        self.done = self.done or end_mark or not self.stream
+        return chunks
+
+    def add_chunk(self, chunk: Chunk) -> None:
+        raise NotImplementedError
 
     def count(self, usage: object) -> None:
         """Take over the figures in *usage* that can be figures, by either API's names."""
@@ -1554,11 +1574,10 @@ class Fold:
             "reasoning_tokens": isinstance(details, dict) and details.get("reasoning_tokens"),
         }
         known = {name: n for name, value in told.items() if (n := as_count(value)) is not None}
-        counts = cast(dict[str, int], {**self.usage, **known})
-        self.usage = cast(Usage, counts)
+        self.usage |= known
         total = as_count(usage.get("total_tokens"))
-        if total is None and {"prompt_tokens", "completion_tokens"} <= counts.keys():
-            total = counts["prompt_tokens"] + counts["completion_tokens"]
+        if total is None and {"prompt_tokens", "completion_tokens"} <= self.usage.keys():
+            total = self.usage["prompt_tokens"] + self.usage["completion_tokens"]
         self.tokens_used = self.tokens_used if total is None else total
 
     def received_tokens(self) -> int:
@@ -1570,10 +1589,6 @@ class Fold:
 @dataclass(slots=True)
 class ChatFold(Fold):
     """A fold of chat completion chunks, or of the one plain completion."""
-
-    # The choices begun, by index, and whether each has its finish_reason.
-    choices: dict[int, bool] = field(default_factory=dict)
-    has_message: bool = False
 
     def goes_on(self, block: bytes) -> int:
         """How many events *block* has, where none needs a look; 0 where one may.
@@ -1596,30 +1611,6 @@ class ChatFold(Fold):
             return 0
         self.progress += events
         return events
-
-    @property
-    def finished(self) -> bool:
-        """Whether each choice begun has its finish_reason; Ollama ends with [DONE] alone."""
-        return bool(self.choices) and all(self.choices.values())
-
-    @property
-    def complete(self) -> bool:
-        return self.done or self.finished
-
-    def add(self, event: Event) -> list[Chunk]:
-        """The chunks in *event*; raises a Failure where it is an error, or ends nothing."""
-        end_mark = self.stream and event.data.endswith(b"[DONE]")
-        if end_mark:
-            event = event._replace(data=event.data[:-6].strip())
-        chunks = chunks_in(event)
-        for chunk in chunks:
-            self.add_chunk(chunk)
-        if end_mark and not self.choices:
-            raise Failure("upstream_error", cause="an end without an answer")
-        if not self.stream and not chunks:
-            raise Failure("upstream_error", cause="no JSON object")
-        self.done = end_mark or not self.stream
-        return chunks
 
     def add_chunk(self, chunk: Chunk) -> None:
         if (error := error_in(chunk)) and not (chunk.get("choices") and not self.stream):
@@ -1648,17 +1639,18 @@ class ChatFold(Fold):
         if usage := choice.get("usage"):
             self.count(usage)
         part = choice.get("delta" if self.stream else "message")
-        if isinstance(part, dict) and part:
-            self.has_message = True
+        if isinstance(part, dict):
             said = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
             self.has_piece = self.has_piece or any(map(part.get, said)) or part.get("content") == 0
 
-    def pieces(self, chunk: Chunk) -> Iterator[Piece]:
-        """The pieces of the answer in *chunk*; raises a Failure where it is not as promised."""
+    def pieces(self, chunks: list[Chunk]) -> list[Piece]:
+        """The pieces of the answer in *chunks*; raises a Failure where they are not as promised."""
+        key = "delta" if self.stream else "message"
         try:
-            for choice in chunk.get("choices") or ():
-                part = choice.get("delta" if self.stream else "message") or {}
-                yield from self.pieces_of(part)
+            parts = [each.get(key) or {} for chunk in chunks for each in chunk.get("choices") or ()]
+            if not (self.stream or any(parts)):
+                raise Failure("upstream_error", cause="no message")
+            return [piece for part in parts for piece in self.pieces_of(part)]
         except (TypeError, AttributeError) as exc:
             raise Failure("upstream_error", cause="an odd chunk") from exc
 
@@ -1672,9 +1664,6 @@ class ChatFold(Fold):
             yield "delta", text
         if calls := part.get("tool_calls"):  # of tools that OPENAI_EXTRA_BODY names
             self.other_chars += len(to_json(calls))
-
-
-RESPONSE_ENDS = {"response.completed", "response.incomplete", "response.failed"}
 
 
 @dataclass(slots=True)
@@ -1696,14 +1685,6 @@ class ResponsesFold(Fold):
         return events
 
     @property
-    def finished(self) -> bool:
-        return False  # a last event, at which reading ends, is the only end
-
-    @property
-    def complete(self) -> bool:
-        return self.done
-
-    @property
     def next_number(self) -> int:
         for event in reversed(self.unread[:-2].split(b"\n\n")):
             with suppress(ValueError, KeyError, TypeError):
@@ -1711,33 +1692,24 @@ class ResponsesFold(Fold):
                 return max(self.number, as_count(number) or 0) + 1
         return self.number + 1
 
-    def add(self, event: Event) -> list[Chunk]:
-        """The objects in *event*; raises a Failure where it is an error."""
-        if self.stream and event.data == b"[DONE]":
-            return []
-        chunks = chunks_in(event)
-        for chunk in chunks:
-            if self.stream:
-                self.add_event(chunk)
-            elif chunk.get("object") != "response" and error_in(chunk):
-                raise from_upstream(read_error(chunk))
-            else:
-                self.add_response(chunk)
-        if not self.stream and not chunks:
-            raise Failure("upstream_error", cause="no JSON object")
-        self.done = self.done or not self.stream
-        return chunks
+    def add_chunk(self, chunk: Chunk) -> None:
+        if self.stream:
+            self.add_event(chunk)
+        elif chunk.get("object") != "response" and error_in(chunk):
+            raise from_upstream(read_error(chunk))
+        else:
+            self.add_response(chunk)
 
     def add_event(self, chunk: Chunk) -> None:
         kind, response = chunk.get("type"), chunk.get("response")
         if kind == "error" or not isinstance(kind, str):
-            if kind == "error" or error_in(chunk):
+            if error_in(chunk):
                 raise from_upstream(read_error(chunk))
             return
         if (number := as_count(chunk.get("sequence_number"))) is not None:
             self.number, self.unread = number, b""
         self.has_piece = self.has_piece or kind.endswith(".delta")
-        if kind in RESPONSE_ENDS:
+        if kind in {"response.completed", "response.incomplete", "response.failed"}:
             self.done, state = True, kind.removeprefix("response.")
             response = {"status": state, **(response if isinstance(response, dict) else {})}
         if isinstance(response, dict):
@@ -1750,8 +1722,7 @@ class ResponsesFold(Fold):
         details, state = response.get("incomplete_details"), response.get("status")
         reason = details.get("reason") if isinstance(details, dict) else None
         if state == "failed":
-            self.failure = from_upstream(read_error(response.get("error")))
-            self.failure = Failure("upstream_error", upstream=self.failure.upstream)
+            self.failure = Failure("upstream_error", upstream=read_error(response.get("error")))
         elif state in {"completed", "incomplete"}:
             self.finish_reason = reason if isinstance(reason, str) else "stop"
 
@@ -1786,12 +1757,11 @@ class DoneEvent(Ending):
     type: Literal["done"]
 
 
-def ending(fold: Fold, *, ignored: bool) -> Ending:
-    """*ignored* says that `temperature` was left out, because the model refuses it."""
+def ending(fold: Fold) -> Ending:
     end = Ending(finish_reason=fold.finish_reason, tokens_used=fold.tokens_used, model=fold.model)
     if fold.usage:
-        end["usage"] = fold.usage
-    if ignored:
+        end["usage"] = cast(Usage, fold.usage)
+    if fold.ignored:
         end["ignored"] = ["temperature"]
     return end
 
@@ -1804,16 +1774,13 @@ def sse_event(data: object) -> bytes:
 END_MARK = b"data: [DONE]\n\n"
 # Headers as ASGI has them, made once.
 RawHeaders = tuple[tuple[bytes, bytes], ...]
-UNBUFFERED: RawHeaders = (
-    (b"cache-control", b"no-cache, no-transform"),
-    (b"x-accel-buffering", b"no"),
-)
+UNBUFFERED = ((b"cache-control", b"no-cache, no-transform"), (b"x-accel-buffering", b"no"))
 STREAM_HEADERS = ((b"content-type", f"{SSE}; charset=utf-8".encode()), *UNBUFFERED)
 TEXT_HEADERS = ((b"content-type", b"text/plain; charset=utf-8"),)
 
 
 class Format:
-    """How an answer looks to the client; as it stands, like the upstream's own plain answer."""
+    """How an answer looks to the client; as it stands, the upstream's own plain answer."""
 
     headers: RawHeaders = ((b"content-type", JSON.encode()),)
     # What fills a long silence; empty where the format has nothing that readers skip.
@@ -1821,13 +1788,15 @@ class Format:
 
     def event(self, event: Event, chunks: list[Chunk], fold: Any) -> bytes:
         """What an event of the upstream, with the *chunks* in it, becomes."""
+        fold.events += 1
+        fold.bytes += len(event.raw)
         return event.raw
 
     def skim(self, block: bytes, fold: Any) -> bytes | None:
         """What a *block* of events becomes; None where each of them has to be read for that."""
         return None
 
-    def end(self, fold: Fold, *, ignored: bool) -> bytes:
+    def end(self, fold: Fold) -> bytes:
         return b""
 
     def error(self, failure: Failure, request_id: str, fold: Any) -> bytes | None:
@@ -1855,9 +1824,9 @@ class AskEvents(Format):
     headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
 
     def event(self, event: Event, chunks: list[Chunk], fold: ChatFold) -> bytes:
-        pieces = [piece for chunk in chunks for piece in fold.pieces(chunk)]
-        data = [f'{{"type":"{kind}","content":{to_json(text)}}}' for kind, text in pieces]
-        return utf8_json("".join([f"data: {each}\n\n" for each in data]))
+        pieces = fold.pieces(chunks)
+        data = [f'data: {{"type":"{kind}","content":{to_json(text)}}}\n\n' for kind, text in pieces]
+        return utf8_json("".join(data))
 
     def skim(self, block: bytes, fold: ChatFold) -> bytes | None:
         texts: list[bytes] = TEXT_CHUNK.findall(block) if 0 in fold.choices else []
@@ -1877,8 +1846,8 @@ class AskEvents(Format):
         fold.progress += len(texts)
         return b"".join([b'data: {"type":"delta","content":%s}\n\n' % each for each in texts])
 
-    def end(self, fold: Fold, *, ignored: bool) -> bytes:
-        return sse_event({"type": "done", **ending(fold, ignored=ignored)}) + END_MARK
+    def end(self, fold: Fold) -> bytes:
+        return sse_event({"type": "done", **ending(fold)}) + END_MARK
 
     def error(self, failure: Failure, request_id: str, fold: Fold) -> bytes:
         return sse_event(failure.error_event(request_id))
@@ -1891,15 +1860,12 @@ class AskJSON(Format):
         self.text = {"delta": "", "reasoning": ""}
 
     def event(self, event: Event, chunks: list[Chunk], fold: ChatFold) -> bytes:
-        if not fold.has_message:
-            raise Failure("upstream_error", cause="no message")
-        for chunk in chunks:
-            for kind, text in fold.pieces(chunk):
-                self.text[kind] += text
+        for kind, text in fold.pieces(chunks):
+            self.text[kind] += text
         return b""
 
-    def end(self, fold: Fold, *, ignored: bool) -> bytes:
-        answer = cast(Answer, {"response": self.text["delta"], **ending(fold, ignored=ignored)})
+    def end(self, fold: Fold) -> bytes:
+        answer = cast(Answer, {"response": self.text["delta"], **ending(fold)})
         if self.text["reasoning"]:
             answer["reasoning"] = self.text["reasoning"]
         return utf8_json(to_json(answer))
@@ -1914,26 +1880,14 @@ class AskText(Format):
         self.joined = codecs.getincrementaldecoder("utf-16-le")("replace")
 
     def event(self, event: Event, chunks: list[Chunk], fold: ChatFold) -> bytes:
-        if not (fold.stream or fold.has_message):
-            raise Failure("upstream_error", cause="no message")
-        pieces = [piece for chunk in chunks for piece in fold.pieces(chunk)]
-        text = "".join(text for kind, text in pieces if kind == "delta")
+        text = "".join(text for kind, text in fold.pieces(chunks) if kind == "delta")
         return self.joined.decode(text.encode("utf-16-le", "surrogatepass")).encode()
 
-    def end(self, fold: Fold, *, ignored: bool) -> bytes:
+    def end(self, fold: Fold) -> bytes:
         return self.joined.decode(b"", final=True).encode()
 
 
-class PassedJSON(Format):
-    """The upstream's own plain answer, byte for byte."""
-
-    def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
-        fold.events += 1
-        fold.bytes += len(event.raw)
-        return event.raw
-
-
-class PassedEvents(PassedJSON):
+class PassedEvents(Format):
     """The upstream's own events, byte for byte, of whichever API."""
 
     headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
@@ -1961,13 +1915,13 @@ class ChatCompletionEvents(PassedEvents):
 
     def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
         usage_only = [bool(each.get("usage") and not each.get("choices")) for each in chunks]
-        if chunks and all(usage_only) and not self.include_usage:
+        if not self.include_usage and chunks and all(usage_only):
             return b""
-        if event.data.endswith(b"[DONE]"):  # which `end` adds
+        if event.data.endswith(DONE):  # which `end` adds
             return b"".join(map(sse_event, chunks))
         return super().event(event, chunks, fold)
 
-    def end(self, fold: Fold, *, ignored: bool) -> bytes:
+    def end(self, fold: Fold) -> bytes:
         return END_MARK
 
     def error(self, failure: Failure, request_id: str, fold: Fold) -> bytes:
@@ -1978,9 +1932,6 @@ class ResponsesEvents(PassedEvents):
     """The events of the Responses API."""
 
     heartbeat = b": ping\n"
-
-    def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
-        return super().event(event, chunks, fold) if event.data != b"[DONE]" else b""
 
     def error(self, failure: Failure, request_id: str, fold: ResponsesFold) -> bytes:
         # OpenAI's own flat form and the nested one in one: half of the clients overlook either.
@@ -2006,9 +1957,8 @@ NOT_TAKEN = re.compile(
 OUT_OF_RANGE = re.compile(
     r"(?:less|greater|more|fewer|larger|smaller|higher|lower) than|\bat (?:most|least)\b"
     r"|\bbetween\b|\brange\b|\btoo (?:large|high|low|small|big|many|long)\b|\b(?:max|min)imum\b"
-    r"|exceed|\b(?:above|below|over|under|up to)\b|[<>≤≥]|at the same time"
-    r"|\bor (?:less|more|fewer)\b"
-    r"|\bvalues? of\b(?! 1\b)|(?:should|must) be (?:an?|positive|in)\b|\bpositive\b"
+    r"|exceed|\b(?:above|below|over|under|up to)\b|[<>≤≥]|at the same time|\bpositive\b"
+    r"|\bor (?:less|more|fewer)\b|\bvalues? of\b(?! 1\b)|(?:should|must) be (?:an?|in)\b"
     r"|\d\s*(?:to|-|\u2013|,|and)\s*\d|\[[\d.]+,|\blimit\b.{0,12}\d",
     re.IGNORECASE,
 )
@@ -2074,9 +2024,8 @@ class ModelClient(AsyncOpenAI):
         self.http_client = http_client
         own = {**self.default_headers, **self.auth_headers}
         # Some are objects that say "left out"; X-Stainless tells of this machine.
-        kept = [name for name in own if not name.startswith("X-Stainless")]
         self.own_headers = httpx2.Headers(
-            {name: value for name in kept if isinstance(value := own[name], str)}
+            {k: v for k, v in own.items() if isinstance(v, str) and not k.startswith("X-Stainless")}
         )
         self.urls = {path: self.base_url.join(path) for path in ("chat/completions", "responses")}
 
@@ -2093,22 +2042,19 @@ async def raise_refusal(response: httpx2.Response) -> None:
     """A hook of the HTTP client: what is no 200 is read here, no more of it than may be."""
     if response.status_code == 200:
         return
-    body, cause = bytearray(), None
+    status, patience = response.status_code, response.headers.get("retry-after", "")
+    decoder = BodyDecoder()
     try:
         async for read in response.aiter_bytes():
-            body += read
-            if len(body) > MAX_UPSTREAM_BYTES:
-                raise httpx2.ReadError("too large")
-    except httpx2.DecodingError:
-        pass
-    except httpx2.RequestError:  # the status is known all the same
-        body.clear()
-        cause = "a refusal without end"
+            decoder.feed(read)
+    except (httpx2.RequestError, Failure) as exc:  # the status is known all the same
+        error = read_error(None, status, patience)
+        raise Failure("upstream_error", upstream=error, cause="a refusal without end") from exc
+    body = decoder.close()
     value: Any = body.decode("utf-8", "replace").strip()[:2000] if len(body) < 10_000 else ""
     with suppress(ValueError):
-        value = parse_json(bytes(body))
-    error = read_error(value, response.status_code, response.headers.get("retry-after", ""))
-    raise Failure("upstream_error", upstream=error, cause=cause) if cause else from_upstream(error)
+        value = parse_json(body)
+    raise from_upstream(read_error(value, status, patience))
 
 
 class Upstream:
@@ -2134,18 +2080,14 @@ class Upstream:
         """Whether the upstream answers and accepts the key: asked at most every 30 s, for 5 s."""
         async with self.probing:
             if time.monotonic() > self.probed + 30:
-                self.reachable = await self.probe()
-                self.probed = time.monotonic()
+                self.reachable, self.probed = await self.probe(), time.monotonic()
         return self.reachable
 
     async def probe(self) -> bool:
         try:
             async with asyncio.timeout(5):
-                response = await self.client.get(
-                    "/models", cast_to=httpx2.Response, stream=True, stream_cls=AsyncStream[object]
-                )
-                await cast(httpx2.Response, response).aclose()
-                return True
+                async with self.client.models.with_streaming_response.list():
+                    return True
         except Failure as failure:
             return failure.upstream is not None and failure.upstream.status in {404, 405, 429}
         except Exception:  # a time-out, the library's errors, and aiohttp's own where it is no HTTP
@@ -2170,10 +2112,10 @@ class Tries:
         self.fixed = (upstream.settings.openai_extra_body or {}).keys()
         known = upstream.refused.get(request.model)
         self.refused = known & self.adaptable(request.body) if known else NOTHING
-        # Those that this request has met with, and those that were not refused in vain: behind
-        # them the model had no more, or another, to refuse.
-        self.adapted = self.helpful = NOTHING
-        self.message = ""
+        # The fields that were adapted, and the one for each message of a refusal. A message that
+        # comes again takes the next one: the one before was no help.
+        self.adapted = NOTHING
+        self.helpful: dict[str, str] = {}
         self.encode()
         # In tokens: an estimate of what it sends, and the most that it may cost.
         self.estimate = estimated_tokens(self.content)
@@ -2189,7 +2131,7 @@ class Tries:
         self.body = {**self.request.body} if self.refused else self.request.body
         for name in self.refused & self.body.keys():
             value, other = self.body.pop(name), OTHER_NAME.get(name)
-            if other and other not in self.refused:
+            if other:
                 self.body[other] = value
         self.content = encode_json(self.body, inf_nan_mode="constants")
         if b"Infinity" in self.content:  # it may be a text that says so
@@ -2197,11 +2139,6 @@ class Tries:
                 to_json(self.body)
             except ValueError as exc:
                 raise Failure("invalid_json", f"The body is not JSON: {exc}") from exc
-
-    @property
-    def ignored(self) -> bool:
-        """Whether `temperature` was asked for, and left out because the model refuses it."""
-        return "temperature" in self.refused
 
     async def send(self) -> httpx2.Response:
         """The head of a 200; all else is a Failure."""
@@ -2221,39 +2158,32 @@ class Tries:
             code = "upstream_unreachable" if no_way else "upstream_error"
             raise Failure(code, cause=type(exc).__name__) from exc
 
-    def adapt(self, failure: Failure) -> bool:
+    def adapt(self, error: UpstreamError) -> bool:
         """Whether the model refused a field that can be left out or renamed; now it is."""
-        error = failure.upstream or UpstreamError(None)
         name = refused_field(error, self.adaptable(self.body))
-        if name is None or OTHER_NAME.get(name, name) in self.adapted:
+        if name is None or OTHER_NAME.get(name) in self.adapted:
             return False
-        if error.message == self.message:  # so the last one did not help
-            self.helpful = frozenset()
-        self.message = error.message
-        self.adapted, self.helpful = self.adapted | {name}, self.helpful | {name}
+        self.adapted = self.adapted | {name}
+        self.helpful[error.message] = name
         self.refused = self.refused - {OTHER_NAME.get(name)} | {name}
         self.encode()
         return True
 
     def delay(self, failure: Failure) -> float | None:
         """Seconds to wait before the next try; None where none would help, or none is left."""
-        if self.adapt(failure):
+        error = failure.upstream or UpstreamError(None)
+        if self.adapt(error):
             return 0
         self.failed += 1
-        error = failure.upstream or UpstreamError(None)
-        final = error.status is not None and error.status < 500
-        final = final and error.status not in {408, 409, 429}
+        final = (error.status or 500) < 500 and error.status not in {408, 409, 429}
         if final or self.failed > self.upstream.settings.openai_max_retries:
             return None
         if error.retry_after is not None:
             return error.retry_after if error.retry_after <= 2 else None
         return random.uniform(0.75, 1) * min(8.0, math.ldexp(0.25, self.failed - 1))
 
-    def helped(self) -> None:
-        """The model answers, so what this request had to leave out is remembered for others."""
-        if self.helpful:
-            self.upstream.remember(self.request.model, self.helpful)
-        # It goes out no more, and may be large beside an answer that takes minutes.
+    def release(self) -> None:
+        """Let go of the body, which goes out no more: it may be large beside a long answer."""
         self.content = b""
         self.body.clear()
         self.request.body.clear()
@@ -2291,40 +2221,37 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
 }
 
 
+def family(name: str, kind: str, meaning: str, samples: Mapping[str, object]) -> Iterator[str]:
+    """A metric as Prometheus reads it; *samples* are by their labels."""
+    yield from (f"# HELP {name} {meaning}", f"# TYPE {name} {kind}")
+    yield from (f"{name}{labels} {value}" for labels, value in samples.items())
+
+
 class Metrics:
     """What GET /metrics shows."""
 
     def __init__(self) -> None:
         self.started = time.time()
         # By name, and then by model and one more label as it is written.
-        self.observed: dict[str, dict[tuple[str, str], Histogram]] = {
-            each: {} for each in HISTOGRAMS
+        self.observed = {
+            name: defaultdict[tuple[str, str], Histogram](partial(Histogram, bounds))
+            for name, (_, bounds) in HISTOGRAMS.items()
         }
         self.refused: dict[Code, int] = {}
         self.tokens_used = 0
 
     def observe(self, name: str, value: float, model: str, label: str = "") -> None:
-        known = self.observed[name]
-        if (model, label) not in known:
-            known[model, label] = Histogram(HISTOGRAMS[name][1])
-        known[model, label].observe(value)
+        self.observed[name][model, label].observe(value)
 
     def exposition(self, asks: AskCounts) -> Iterator[str]:
         """The lines of Prometheus' text format 0.0.4."""
-
-        def family(
-            name: str, kind: str, meaning: str, samples: Mapping[str, object]
-        ) -> Iterator[str]:
-            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} {kind}")
-            yield from (f"{name}{labels} {value}" for labels, value in samples.items())
-
         common = 'gen_ai_operation_name="chat",gen_ai_provider_name="openai",gen_ai_request_model='
         for name, (meaning, _) in HISTOGRAMS.items():
             yield from family(name, "histogram", meaning, {})
             for (model, label), histogram in self.observed[name].items():
                 yield from histogram.lines(name, f"{common}{to_json(model)}{label and ','}{label}")
-        ended = {"finished": asks["total"] - asks["active"] - asks["failed"] - asks["cancelled"]}
-        ended |= {"cancelled": asks["cancelled"], "failed": asks["failed"]}
+        finished = asks["total"] - asks["active"] - asks["failed"] - asks["cancelled"]
+        ended = {"finished": finished, "cancelled": asks["cancelled"], "failed": asks["failed"]}
         outcomes = {f'{{outcome="{outcome}"}}': count for outcome, count in ended.items()}
         refused = {f'{{code="{code}"}}': count for code, count in self.refused.items()}
         active, started = {"": asks["active"]}, {"": f"{self.started:.3f}"}
@@ -2351,25 +2278,18 @@ class AppState(TypedDict):
 clock = time.monotonic
 # How long an upstream may leave its connection open behind the last finish_reason, for the usage.
 END_SECONDS = 2
-LEVEL_OF: Mapping[Outcome, int] = {
-    "finished": logging.INFO,
-    "cancelled": logging.WARNING,
-    "failed": logging.ERROR,
-}
 
 
 async def gunzipped(reads: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """*reads* of gzip, all members of it, to its end; httpx2 reads the first, cut or not."""
+    """*reads* of gzip, all members of it; httpx2 reads the first alone."""
     inflate, most = zlib.decompressobj(31), 2**16
     async for data in reads:
         piece = b""
-        while data or (len(piece) == most and not inflate.eof):
+        while data or len(piece) == most:
             if inflate.eof:
                 inflate = zlib.decompressobj(31)
             yield (piece := inflate.decompress(data, most))
             data = inflate.unconsumed_tail or inflate.unused_data
-    if not inflate.eof:
-        raise EOFError
 
 
 def read_upstream(response: httpx2.Response) -> AsyncIterator[bytes]:
@@ -2382,11 +2302,9 @@ def read_upstream(response: httpx2.Response) -> AsyncIterator[bytes]:
     return response.aiter_bytes() if coding else aiter(stream)
 
 
-def stop_at(timeout: asyncio.Timeout, when: float | None) -> None:
-    """Move the end of a *timeout* to *when*, by the loop's clock, where it is not over already."""
-    if timeout.when() != when:
-        with suppress(RuntimeError):
-            timeout.reschedule(when)
+def end_now(timeout: asyncio.Timeout) -> None:
+    with suppress(RuntimeError):  # it is over already
+        timeout.reschedule(0)
 
 
 class Exchange(StreamingResponse):
@@ -2408,38 +2326,34 @@ class Exchange(StreamingResponse):
     def __init__(self, request: ModelRequest, form: Format, state: AppState) -> None:
         super().__init__(self.answer())
         # Fewer than 30 names in all: beyond that each instance has a table of its own, 1.5 KiB.
-        self.format, self.state = form, state
+        self.request, self.format, self.state = request, form, state
         self.tries = Tries(state["upstream"], request)
         self.upstream: httpx2.Response | None = None
         self.begin_try()
         # In the client's format, but not written yet.
         self.pending = b""
         self.failure: Failure | None = None
-        # Of the response: its head was sent (by a heartbeat perhaps), a part of the answer was, all
-        # of it was; and then the closing event was logged.
-        self.started = self.answering = self.complete = self.settled = False
+        # Of the response: its head was sent (by a heartbeat perhaps), the upstream's answer has
+        # begun, all of it was sent; and then the closing event was logged.
+        self.started = self.opened = self.complete = self.settled = False
         self.started_at = self.last_write = self.silent_since = clock()
-        self.first_piece_at: float | None = None
+        self.first_seconds: float | None = None  # from there to the first piece
         # Set while a write is under way, which a client that does not read holds up.
         self.writing_since = math.inf
 
-    @property
-    def request(self) -> ModelRequest:
-        return self.tries.request
-
     def begin_try(self) -> None:
         fold = ChatFold if self.request.path == "chat/completions" else ResponsesFold
-        self.fold: ChatFold | ResponsesFold = fold(self.request.model, self.request.stream)
+        told = (self.request.model, self.request.stream, "temperature" in self.tries.refused)
+        self.fold: ChatFold | ResponsesFold = fold(*told)
         self.decoder = SSEDecoder() if self.request.stream else BodyDecoder()
-        # By the loop's clock: when the answer counts as whole, `progress` being its last.
-        self.end_due, self.progress = math.inf, 0
+        self.progress = 0  # the fold's, when `end_due` was set
 
     async def answer(self) -> AsyncGenerator[bytes]:
         """The model's answer in the client's format; what comes with its end is left `pending`."""
         await self.open()
         while not self.fold.done:
             if data := self.pending:
-                self.pending, self.answering = b"", True
+                self.pending = b""
                 yield data
             await self.read_on()
 
@@ -2453,20 +2367,22 @@ class Exchange(StreamingResponse):
                 await self.read_on()
             except Failure as failure:
                 await self.try_again(failure)
-        self.tries.helped()
+        if helpful := self.tries.helpful:  # the model answers: spare others the refusal
+            self.state["upstream"].remember(self.request.model, frozenset(helpful.values()))
+        self.tries.release()
+        self.opened = True
 
     async def try_again(self, failure: Failure) -> None:
         """Wait for the next try, or raise *failure*."""
-        error, headers = failure.upstream, self.upstream.headers if self.upstream else {}
+        error = failure.upstream
         if error:  # an answer ends the upstream's silence, a lost connection does not
             self.silent_since = clock()
-        if error and error.in_answer and error.status:
-            patience = parse_retry_after(headers.get("retry-after", ""))
+        if error and error.in_answer and error.status and self.upstream:
+            patience = parse_retry_after(self.upstream.headers.get("retry-after", ""))
             failure = from_upstream(replace(error, retry_after=patience))
         broken = self.fold.received and not (error and error.status)
-        if self.started or self.pending or broken:
-            raise failure
-        delay = self.tries.delay(failure)
+        final = self.started or self.pending or broken
+        delay = None if final else self.tries.delay(failure)
         deadline = self.silent_since + self.state["settings"].openai_timeout
         if delay is None or clock() + delay >= deadline:
             raise failure
@@ -2475,42 +2391,42 @@ class Exchange(StreamingResponse):
         if self.started:  # a heartbeat went out meanwhile
             raise failure
         self.tries.again += 1
-        stop_at(self.timeout, None)  # which a finish_reason behind it may have set
         self.begin_try()
 
     async def read_on(self) -> None:
         """Translate what the upstream says next; raises a Failure where that is no part or end."""
         self.silent_since = clock()
-        if self.fold.finished:
-            self.expect_end()
-        elif self.end_due < math.inf:
-            stop_at(self.timeout, None)
         try:
-            read = await anext(self.reads, None)
+            read = await (self.read_end() if self.fold.finished else anext(self.reads, None))
         except Exception as exc:  # httpx2's, and aiohttp's own, which it lets through
             raise Failure("upstream_error", cause=type(exc).__name__) from exc
-        if read is None:
-            self.close()
-        else:
+        if read is not None:
             self.fold.received = True
             self.translate(self.decoder.feed(read))
+            return
+        self.translate(self.decoder.close(), at_end=True)
+        if not (self.fold.done or self.fold.finished):
+            raise Failure("upstream_error", cause="an answer without an end")
+        self.fold.done = True
 
-    def expect_end(self) -> None:
-        """Give the upstream END_SECONDS from its last chunk; only while it is read from."""
+    async def read_end(self) -> bytes | None:
+        """What comes behind the last finish_reason; None, as at an end, after END_SECONDS."""
         if self.decoder.torn:  # it says something yet, and has OPENAI_TIMEOUT for that
-            stop_at(self.timeout, None)
-        elif self.progress != self.fold.progress:
-            self.progress = self.fold.progress
-            self.end_due = asyncio.get_running_loop().time() + END_SECONDS
-            stop_at(self.timeout, self.end_due)
-        elif self.timeout.when() is None:
-            stop_at(self.timeout, self.end_due)
+            return await anext(self.reads, None)
+        if self.progress != self.fold.progress:
+            self.progress, self.end_due = self.fold.progress, clock() + END_SECONDS
+        self.silent_since = math.inf  # such a silence is no failure
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.end_due - clock()):
+                return await anext(self.reads, None)
+        return None
 
-    def translate(self, block: bytes) -> None:
-        """Add to `pending` what the upstream's events in *block* say."""
+    def translate(self, block: bytes, *, at_end: bool = False) -> None:
+        """Add to `pending` what the events in *block* say; *at_end* the last may be cut off."""
         if not block:
             return
-        told = None if self.decoder.has_cr else self.format.skim(block, self.fold)
+        in_haste = not (self.decoder.has_cr or at_end)
+        told = self.format.skim(block, self.fold) if in_haste else None
         if told is not None:
             self.pending += told
             self.fold.has_piece = True
@@ -2519,24 +2435,12 @@ class Exchange(StreamingResponse):
                 if not self.fold.done:
                     self.translate(part)
         else:
-            self.translate_events(block)
-        if self.first_piece_at is None and self.fold.has_piece and self.request.stream:
-            self.first_piece_at = clock()
-
-    def translate_events(self, block: bytes) -> None:
-        for event in self.decoder.events(block):
-            chunks = self.fold.add(event)
-            self.pending += self.format.event(event, chunks, self.fold)
-            if self.fold.done:
-                return
-
-    def close(self) -> None:
-        """The upstream has closed: that is an end only where an answer may end."""
-        if rest := self.decoder.close():
-            self.translate_events(rest)  # never in haste: it may have been cut off
-        if not self.fold.complete:
-            raise Failure("upstream_error", cause="an answer without an end")
-        self.fold.done = True
+            for event in self.decoder.events(block):
+                self.pending += self.format.event(event, self.fold.add(event), self.fold)
+                if self.fold.done:
+                    break
+        if self.first_seconds is None and self.fold.has_piece and self.request.stream:
+            self.first_seconds = clock() - self.started_at
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer until that is done, or the client has left or reads no more."""
@@ -2545,7 +2449,7 @@ class Exchange(StreamingResponse):
         self.send_head, self.send_body = send, scope["send_body"]
         answering = asyncio.create_task(self.stream_response(send))
         # One that has sent nothing ends without the server's knowledge.
-        answering.add_done_callback(lambda _: stop_at(self.waiting, 0))
+        answering.add_done_callback(lambda _: end_now(self.waiting))
         try:
             await self.attend(receive, answering)
         finally:
@@ -2566,17 +2470,15 @@ class Exchange(StreamingResponse):
             pieces = cast(AsyncGenerator[bytes], self.body_iterator)
             async with asyncio.timeout(None) as self.timeout, aclosing(pieces):
                 async for data in pieces:
-                    if self.end_due < math.inf:
-                        stop_at(self.timeout, None)  # not in a write, which would be torn
                     await self.write(data)
-            end: bytes | None = self.format.end(self.fold, ignored=self.tries.ignored)
+            end: bytes | None = self.format.end(self.fold)
             if failed := self.fold.failure:
                 self.fail(failed)
         except ClientDisconnect:
             return
         except Exception as exc:
             end = self.fail(exc)
-            if self.failure and not (self.started or self.pending):
+            if not (self.started or self.pending):
                 return
         with suppress(ClientDisconnect):
             await self.write(self.pending + (end or b""), last=end is not None)
@@ -2586,13 +2488,11 @@ class Exchange(StreamingResponse):
     def fail(self, exc: Exception) -> bytes | None:
         """Make *exc* the failure of this answer; its end in the client's format, if it has one."""
         if isinstance(exc, TimeoutError):
-            if self.fold.finished and not self.decoder.torn:  # its connection was left open
-                return self.format.end(self.fold, ignored=self.tries.ignored)
             failure = Failure("upstream_timeout")
         elif not isinstance(exc, Failure):
             failure = Failure("internal_error")
             log.error("internal error", exc_info=exc)
-        elif exc.upstream and exc.upstream.in_answer and (self.pending or self.answering):
+        elif exc.upstream and exc.upstream.in_answer and (self.pending or self.opened):
             failure = Failure("upstream_error", upstream=replace(exc.upstream, status=None))
         else:
             failure = exc
@@ -2609,8 +2509,7 @@ class Exchange(StreamingResponse):
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """Send *data* in one piece; raises ClientDisconnect where the client has gone."""
         now = clock()
-        if self.writing_since == math.inf:
-            self.writing_since = now
+        self.writing_since = min(self.writing_since, now)  # a heartbeat may be held up before it
         try:
             if not self.started:
                 self.started = True
@@ -2619,9 +2518,8 @@ class Exchange(StreamingResponse):
                 headers = [*self.format.headers, *length]
                 head = {"type": "http.response.start", "status": 200, "headers": headers}
                 await self.send_head(head)
-            await self.send_body(
-                {"type": "http.response.body", "body": data, "more_body": not last}
-            )
+            body = {"type": "http.response.body", "body": data, "more_body": not last}
+            await self.send_body(body)
         except (OSError, RuntimeError) as exc:  # uvloop's, of a transport that is closed
             raise ClientDisconnect from exc
         self.complete = last
@@ -2637,35 +2535,28 @@ class Exchange(StreamingResponse):
         settings = self.state["settings"]
         patience, silence = settings.client_timeout, settings.openai_timeout
         while not answering.done():
-            now = clock()
-            if self.writing_since < math.inf:
-                due = self.writing_since + patience
-                if now >= due:
-                    return
+            now, writing = clock(), self.writing_since < math.inf
+            held_up = self.writing_since + patience
+            silent = math.inf if writing else self.silent_since + silence
+            # No heartbeat behind a failure, which in the same turn of the loop would become a 200.
+            quiet = writing or self.failure or self.complete or not self.format.heartbeat
+            beat = math.inf if quiet else self.last_write + settings.heartbeat_seconds
+            if now >= held_up:
+                return
+            if now >= silent:
+                self.silent_since = math.inf
+                end_now(self.timeout)
+            elif now >= beat:
+                with suppress(ClientDisconnect, TimeoutError):
+                    async with asyncio.timeout(patience):
+                        await self.write(self.format.heartbeat)
             else:
-                due = min(self.heartbeat_due(), self.silent_since + silence)
-                if now >= self.silent_since + silence:
-                    self.silent_since = math.inf
-                    stop_at(self.timeout, 0)
-                elif now >= due:
-                    await self.beat()
-                    continue
-            # No longer than either: a write, or a silence, may begin meanwhile.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(due - now, patience, silence)) as self.waiting:
-                    await self.listen_for_disconnect(receive)
-                    return
-
-    def heartbeat_due(self) -> float:
-        # None behind a failure, which in the same turn of the loop would become a 200.
-        if not self.format.heartbeat or self.failure or self.complete:
-            return math.inf
-        return self.last_write + self.state["settings"].heartbeat_seconds
-
-    async def beat(self) -> None:
-        with suppress(ClientDisconnect, TimeoutError):
-            async with asyncio.timeout(self.state["settings"].client_timeout):
-                await self.write(self.format.heartbeat)
+                # No longer than either: a write, or a silence, may begin meanwhile.
+                seconds = min(held_up - now, silent - now, beat - now, patience, silence)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds) as self.waiting:
+                        await self.listen_for_disconnect(receive)
+                        return
 
     async def close_upstream(self) -> None:
         response, self.upstream = self.upstream, None
@@ -2684,24 +2575,24 @@ class Exchange(StreamingResponse):
         if self.settled:
             return
         self.settled = True
-        outcome: Outcome = (
-            "failed" if self.failure else "finished" if self.complete else "cancelled"
-        )
-        self.state["admission"].leave(outcome, self.tries.cost, self.tokens_spent(outcome))
+        outcome: Outcome = "finished" if self.complete else "cancelled"
+        if self.failure:
+            outcome = "failed"
+        self.state["admission"].leave(outcome, self.tries.cost, self.tokens_spent())
         self.count(self.failure.code if self.failure else "" if self.complete else outcome)
-        log.log(LEVEL_OF[outcome], f"ask {outcome}", **self.closing_facts())
+        levels = {"finished": log.info, "cancelled": log.warning, "failed": log.error}
+        levels[outcome](f"ask {outcome}", **self.closing_facts())
 
     def closing_facts(self) -> dict[str, object]:
         fold, failure = self.fold, self.failure
-        end = cast(dict[str, object], ending(fold, ignored=self.tries.ignored))
         facts: dict[str, object] = {
             "stream": self.request.stream,
-            **end,
+            **ending(fold),
             **fold.usage,
             "prompt_chars": self.request.prompt_chars,
             "answer_chars": fold.answer_chars or None,
-            "first_token_ms": self.first_piece_at and self.milliseconds(self.first_piece_at),
-            "duration_ms": self.milliseconds(clock()),
+            "first_token_ms": self.first_seconds and round(self.first_seconds * 1000, 1),
+            "duration_ms": round((clock() - self.started_at) * 1000, 1),
             "user": self.request.caller.user,
             "usage": None,
         }
@@ -2714,32 +2605,27 @@ class Exchange(StreamingResponse):
                 facts["cause"] = failure.cause or f"HTTP {error.status}"
         return {name: value for name, value in facts.items() if value is not None}
 
-    def tokens_spent(self, outcome: Outcome) -> int:
+    def tokens_spent(self) -> int:
         """The tokens for DAILY_TOKENS: the upstream's figure, or an estimate where it told none."""
         told, failure = self.fold.tokens_used, self.failure
         # A zero beside a text is what some tell at first, and others always.
-        if outcome == "finished" and (told or (told == 0 and not self.fold.has_piece)):
+        final = self.complete and not failure
+        if final and (told or (told == 0 and not self.fold.has_piece)):
             return told
-        if failure and failure.code == "upstream_unreachable":
-            return 0
-        if failure and failure.upstream and failure.upstream.status:  # the model refused it
+        refused = failure and failure.upstream and failure.upstream.status
+        if refused or (failure and failure.code == "upstream_unreachable"):
             return 0
         return max(told or 0, self.tries.estimate + self.fold.received_tokens())
 
     def count(self, error_type: str) -> None:
         metrics, model = self.state["metrics"], self.request.model
         metrics.tokens_used += self.fold.tokens_used or 0
-        seconds = clock() - self.started_at
-        metrics.observe(DURATION, seconds, model, f'error_type="{error_type}"')
-        if self.first_piece_at is not None:
-            metrics.observe(FIRST_CHUNK, self.first_piece_at - self.started_at, model)
+        metrics.observe(DURATION, clock() - self.started_at, model, f'error_type="{error_type}"')
+        if self.first_seconds is not None:
+            metrics.observe(FIRST_CHUNK, self.first_seconds, model)
         for kind, name in (("input", "prompt_tokens"), ("output", "completion_tokens")):
             if (tokens := self.fold.usage.get(name)) is not None:
-                label = f'gen_ai_token_type="{kind}"'
-                metrics.observe(TOKEN_USAGE, cast(int, tokens), model, label)
-
-    def milliseconds(self, instant: float) -> float:
-        return round((instant - self.started_at) * 1000, 1)
+                metrics.observe(TOKEN_USAGE, tokens, model, f'gen_ai_token_type="{kind}"')
 
 
 async def ask(request: Request[AppState]) -> Response:
@@ -2762,7 +2648,7 @@ async def chat_completions(request: Request[AppState]) -> Response:
     state, caller = request.state, identify(request)
     read = partial(read_chat, state["models"].chat, caller, state["settings"])
     asked, usage = await read_body(request, state["settings"], read)
-    return Exchange(asked, ChatCompletionEvents(usage) if asked.stream else PassedJSON(), state)
+    return Exchange(asked, ChatCompletionEvents(usage) if asked.stream else Format(), state)
 
 
 async def responses(request: Request[AppState]) -> Response:
@@ -2770,7 +2656,7 @@ async def responses(request: Request[AppState]) -> Response:
     state, caller = request.state, identify(request)
     read = partial(read_responses, state["models"].newer, caller, state["settings"])
     asked = await read_body(request, state["settings"], read)
-    return Exchange(asked, ResponsesEvents() if asked.stream else PassedJSON(), state)
+    return Exchange(asked, ResponsesEvents() if asked.stream else Format(), state)
 
 
 async def models(request: Request[AppState]) -> Response:

@@ -4354,6 +4354,7 @@ async def test_a_plain_answer_is_handed_on_byte_for_byte(shared, body):
     {
         "HTML": replies(200, HTML, content_type="text/html"),
         "list": replies(200, []),
+        "list of one": replies(200, [completion("SECRET")]),
         "string": replies(200, "SECRET"),
         "null": replies(200, None),
         "empty": replies(200, b""),
