@@ -74,7 +74,7 @@ from pydantic import (
     create_model,
 )
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 from pydantic_core import to_json as encode_json
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -154,7 +154,7 @@ def split(value: object) -> object:
 def number(pattern: str, value: object) -> object:
     """Only text that matches *pattern*: int() and float() take `1_0`, `+5` and `1e3` too."""
     if isinstance(value, str) and not re.fullmatch(pattern, value):
-        raise ValueError(f"should match {pattern}")
+        raise PydanticCustomError("digits", "Input should be a number in plain digits")
     return value
 
 
