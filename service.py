@@ -3773,6 +3773,7 @@ def create_app(settings: Settings) -> ASGIApp:
     mask, ring = Mask(settings), EventLog(settings.log_buffer_size)
     database = LogDatabase(settings.log_database, ring) if settings.log_database else None
     configure_logging(settings.log_level, mask, ring, *([database] if database else []))
+    document = cache(lambda: json_response(openapi(settings)))  # takes 15 ms
     app = Starlette(
         routes=[
             Route("/ask", ask, methods=["POST"]),
@@ -3783,7 +3784,7 @@ def create_app(settings: Settings) -> ASGIApp:
             Route("/status", status),
             Route("/logs", logs),
             Route("/metrics", metrics),
-            Route("/openapi.json", json_response(openapi(settings)), methods=["GET"]),
+            Route("/openapi.json", lambda request: document()),
             Route("/docs", SWAGGER_UI, methods=["GET"]),
             Route("/redoc", REDOC_UI, methods=["GET"]),
             Route("/", page(), methods=["GET"]),
