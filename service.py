@@ -2852,8 +2852,8 @@ UNUSABLE = (sqlite3.Error, OSError, ValueError)
 class LogDatabase:
     """The newest events, and the day's tokens, of all processes that share a SQLite file.
 
-    One thread alone touches the file, so that no lock and no full disk holds up an ask: what cannot
-    be written waits and is tried again, and where nothing can be read *ring* answers.
+    While it serves, one thread alone touches the file, so that no lock and no full disk holds up an
+    ask: what cannot be written waits and is tried again; where nothing can be read *ring* answers.
     """
 
     SCHEMA: Mapping[str, str] = {
