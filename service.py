@@ -158,10 +158,18 @@ def number(pattern: str, value: object) -> object:
     return value
 
 
+def http_port(value: str) -> int | None:
+    """The port of a URL; raises ValueError for one that pydantic or httpx2 refuses."""
+    host = urlsplit(value).hostname or ""
+    if value != value.strip() or (re.fullmatch("[0-9.]+", host) and not parse_ip(host)):
+        raise ValueError  # pydantic strips the one, and takes the other, such as 10.0.0.010
+    return HttpUrl(value).port
+
+
 def base_url(value: str) -> str:
-    """A URL without a password, a query, and the slash at its end."""
+    """A base URL: no password, no query; a slash at its end is dropped."""
     plain = re.fullmatch(r"(?ai)https?://[\w.:\[\]-]+(/[^\s?#]*)?", value) and value.isprintable()
-    if not plain or HttpUrl(value).port == 0:
+    if not plain or not http_port(value):
         raise ValueError
     return value.rstrip("/")
 
@@ -310,7 +318,7 @@ def library_complaints(env: Mapping[str, str]) -> Iterator[str]:
     proxies = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     for name in filter(env.get, (*proxies, *map(str.lower, proxies))):
         with suppress(ValueError):
-            if HttpUrl(env[name] if "://" in env[name] else f"http://{env[name]}").port:
+            if http_port(env[name] if "://" in env[name] else f"http://{env[name]}"):
                 continue
         yield f"{name}: its value is not the http:// or https:// URL of a proxy"
     for name in filter(env.get, ("SSL_CERT_FILE", "SSLKEYLOGFILE")):
@@ -342,7 +350,7 @@ def read_env_file() -> dict[str, str]:
         if key and value is not None and not error:
             variables[key] = value
         elif key or error:  # a name alone is no assignment, though python-dotenv takes it
-            empty_lines = text.count("\n", 0, len(text) - len(text.lstrip()))  # it begins with them
+            empty_lines = text.count("\n", 0, len(text) - len(text.lstrip()))  # above it
             wrong.append(f".env: line {line + empty_lines} cannot be parsed")
     if wrong:
         raise ConfigError("\n".join(wrong))
@@ -369,7 +377,7 @@ class LogEvent(TypedDict):
 
 
 class Throttle:
-    """Of what strangers cause, lets one event a second and kind pass, with the number left out."""
+    """Of what strangers cause, lets one event a second and kind pass; tells how many it drops."""
 
     def __init__(self) -> None:
         # By kind: when one passed last, and how many were left out since.
@@ -460,9 +468,13 @@ class StructlogHandler(logging.Handler):
     """Puts through structlog what the libraries log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        message, level = record.getMessage(), min(50, record.levelno // 10 * 10)
+        try:
+            message, level = record.getMessage(), min(50, record.levelno // 10 * 10)
+        except Exception:
+            self.handleError(record)  # as the standard handlers, where arguments do not fit
+            return
         server = record.name == "uvicorn.error"
-        # Of answers that a stop or we cut short `ask cancelled` or `ask failed` has told.
+        # Answers cut short by a stop or by us: `ask cancelled` or `ask failed` has said so.
         text = f"{message} {record.exc_info}"
         if server and ("CancelledError" in text or "without completing response" in text):
             return
@@ -526,7 +538,8 @@ ERRORS: dict[str, tuple[int, str]] = {
     "host_not_allowed": (400, "This Host is not served here; ALLOWED_HOSTS can name further ones."),
     "upgrade_not_supported": (
         400,
-        "Send no Upgrade header (curl --http1.1; Java version(HTTP_1_1)).",
+        "Only HTTP/1.1 is spoken here: send no Upgrade header (Java: "
+        "HttpClient.newBuilder().version(HTTP_1_1); curl: --http1.1).",
     ),
     "upstream_rejected": (400, "The model's API refused this request."),
     "unauthorized": (401, "You need to sign in to ask, or to sign in again."),
@@ -619,7 +632,7 @@ def integral(value: object) -> object:
 
 def parse_retry_after(value: str) -> int | None:
     """Whole seconds of a Retry-After header, or to its date (RFC 9110, 10.2.3); a day at most."""
-    with suppress(ValueError, OverflowError):  # of infinity
+    with suppress(ValueError, OverflowError):  # 1e400 is infinity
         date = None if value[:1].isdigit() else email.utils.parsedate_to_datetime(value)
         delay = date.timestamp() - time.time() if date else float(value)
         return min(max(0, math.ceil(delay)), 86400)
@@ -637,11 +650,6 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("nested too deeply") from exc
 
 
-# The last two pairs are OpenRouter's and MiniMax's; `loc` stands beside FastAPI's `msg`.
-MESSAGE_NAMES = ["message", "error_message", "detail", "msg", "errors", "error"]
-MESSAGE_NAMES += ["metadata", "raw", "base_resp", "status_msg"]
-
-
 def error_message(error: Any, depth: int = 0) -> str:
     """The sentence in *error*: the body of a refusal, or a part of it, in whatever form."""
     if depth > 8 or not isinstance(error, str | list | dict):
@@ -655,9 +663,15 @@ def error_message(error: Any, depth: int = 0) -> str:
                 return deeper(parse_json(error))
         page = r"\A[\ufeff\s]*<|<(?:!doctype|html|head|body)\b"
         return "" if re.search(page, error, re.IGNORECASE) else error.strip()
-    # What stands deeper is nearer to the cause.
-    parts = sorted(map(error.get, MESSAGE_NAMES), key=lambda part: isinstance(part, str))
-    message, where = next(filter(None, map(deeper, parts)), ""), error.get("loc")
+    raw, base, where = map(error.get, ("metadata", "base_resp", "loc"))
+    parts = [
+        isinstance(raw, dict) and raw.get("raw"),  # OpenRouter's
+        *(each for name in ("error", "errors") if isinstance(each := error.get(name), dict | list)),
+        *map(error.get, ("message", "error_message", "detail", "msg", "error", "errors")),
+        isinstance(base, dict) and base.get("status_msg"),  # MiniMax's
+    ]
+    message = next(filter(None, map(deeper, parts)), "")
+    # FastAPI's
     return f"{'.'.join(map(str, where))}: {message}" if isinstance(where, list) else message
 
 
@@ -1160,7 +1174,8 @@ async def discard_body(receive: Receive) -> None:
                 pass
 
 
-# To the next list or object that is not empty, over strings, one without an end among them.
+# Goes on to the next list or object that is not empty; those in a string do not count, even in one
+# that never ends.
 NEXT_NODE = re.compile(rb'(?s)(?:[^"\[{]++|"(?:[^"\\]++|\\.)*+"?|\[\]|\{\})*+(?:[\[{]|\Z)')
 
 
@@ -1169,10 +1184,10 @@ def parse_body(body: bytes | bytearray, most: int) -> JsonObject:
 
     RFC 8259 (section 9) lets a parser have such bounds: 1 MiB can cost 0.2 s and 60 MiB.
     """
+    nodes = body.count(b"[") + body.count(b"{")
+    if nodes > most and any(itertools.islice(NEXT_NODE.finditer(body), most, None)):
+        raise Failure("invalid_json", "The body holds too many lists and objects.")
     try:
-        nodes = body.count(b"[") + body.count(b"{")
-        if nodes > most and any(itertools.islice(NEXT_NODE.finditer(body), most, None)):
-            raise ValueError("too many lists and objects")
         value = from_json(body, allow_inf_nan=False)
     except ValueError as exc:
         raise Failure("invalid_json", f"The body is not JSON in UTF-8: {exc}") from exc
@@ -1207,8 +1222,10 @@ async def read_body(
     most = max(10_000, settings.max_body_bytes // 20)
     if len(body) <= 65536:
         return read(parse_body(body, most))
-    # In a thread, where others have their turns meanwhile, and one at a time: each may take 30 MiB.
+    # In a thread, so that others go on; one at a time, since each may take 30 MiB.
     async with request.state["large_body"]:
+        if await request.is_disconnected():
+            raise ClientDisconnect
         return await asyncio.to_thread(lambda: read(parse_body(body, most)))
 
 
@@ -1235,7 +1252,7 @@ class ModelRequest:
     prompt_chars: int
 
 
-# The newer name first, which wins.
+# Where a client sends both, the first of these wins.
 OTHER_NAME = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
 
 
@@ -1371,7 +1388,7 @@ class SSEDecoder:
         return self.feed(b"\n\n") if self.rest else b""
 
     def parts(self, block: bytes) -> list[bytes]:
-        """*block* in parts of some whole events each."""
+        """*block* cut between events, some 2,000 bytes a part; whole where a CR was seen."""
         parts, start = [], 0
         while not self.has_cr and (end := block.find(b"\n\n", start + 2000) + 2) > 1:
             parts.append(block[start:end])
@@ -1534,7 +1551,7 @@ class Fold:
     # Of an answer that is taken apart: its text, and all else that costs tokens.
     answer_chars: int = 0
     other_chars: int = 0
-    # The choices begun, by index, and whether each has its finish_reason; a response has none.
+    # The choices begun, by index, and whether each has its finish_reason; not of a response.
     choices: dict[int, bool] = field(default_factory=dict)
     # How many chunks have gone on with a choice.
     progress: int = 0
@@ -1691,6 +1708,9 @@ class ResponsesFold(Fold):
                 number = parse_json(event.partition(b"data: ")[2])["sequence_number"]
                 return max(self.number, as_count(number) or 0) + 1
         return self.number + 1
+
+    def add(self, event: Event) -> list[Chunk]:
+        return [] if event.data == DONE else Fold.add(self, event)  # here it ends nothing
 
     def add_chunk(self, chunk: Chunk) -> None:
         if self.stream:
@@ -1893,8 +1913,8 @@ class PassedEvents(Format):
     headers, heartbeat = STREAM_HEADERS, b": ping\n\n"
 
     def event(self, event: Event, chunks: list[Chunk], fold: Fold) -> bytes:
-        if not event.data:
-            return b""  # a comment, or what many readers take for an event without data
+        if event.data in (b"", DONE):
+            return b""  # a comment, what many readers take for an event without data, an end mark
         if event.raw.startswith(b"id:") or b"\nid:" in event.raw:
             # With an empty line behind it, openai-python takes it for an event, and fails.
             self.heartbeat = b": ping\n"
@@ -2047,7 +2067,9 @@ async def raise_refusal(response: httpx2.Response) -> None:
     try:
         async for read in response.aiter_bytes():
             decoder.feed(read)
-    except (httpx2.RequestError, Failure) as exc:  # the status is known all the same
+    except httpx2.DecodingError:
+        pass  # what it says is lost, its status is known
+    except (httpx2.RequestError, Failure) as exc:
         error = read_error(None, status, patience)
         raise Failure("upstream_error", upstream=error, cause="a refusal without end") from exc
     body = decoder.close()
@@ -2112,8 +2134,8 @@ class Tries:
         self.fixed = (upstream.settings.openai_extra_body or {}).keys()
         known = upstream.refused.get(request.model)
         self.refused = known & self.adaptable(request.body) if known else NOTHING
-        # The fields that were adapted, and the one for each message of a refusal. A message that
-        # comes again takes the next one: the one before was no help.
+        # The fields that were adapted, and, by the message of a refusal, the one that it led to.
+        # Where the same message comes again, that one was no help, and the next takes its place.
         self.adapted = NOTHING
         self.helpful: dict[str, str] = {}
         self.encode()
@@ -2134,7 +2156,7 @@ class Tries:
             if other:
                 self.body[other] = value
         self.content = encode_json(self.body, inf_nan_mode="constants")
-        if b"Infinity" in self.content:  # it may be a text that says so
+        if b"Infinity" in self.content:  # the word may stand in a text
             try:
                 to_json(self.body)
             except ValueError as exc:
@@ -2159,7 +2181,7 @@ class Tries:
             raise Failure(code, cause=type(exc).__name__) from exc
 
     def adapt(self, error: UpstreamError) -> bool:
-        """Whether the model refused a field that can be left out or renamed; now it is."""
+        """Leaves out or renames the field that the model refused; False where there is none."""
         name = refused_field(error, self.adaptable(self.body))
         if name is None or OTHER_NAME.get(name) in self.adapted:
             return False
@@ -2411,7 +2433,7 @@ class Exchange(StreamingResponse):
 
     async def read_end(self) -> bytes | None:
         """What comes behind the last finish_reason; None, as at an end, after END_SECONDS."""
-        if self.decoder.torn:  # it says something yet, and has OPENAI_TIMEOUT for that
+        if self.decoder.torn:  # half an event is here: there is more to come
             return await anext(self.reads, None)
         if self.progress != self.fold.progress:
             self.progress, self.end_due = self.fold.progress, clock() + END_SECONDS
@@ -2458,7 +2480,7 @@ class Exchange(StreamingResponse):
                 answering.cancel()
                 await asyncio.wait([answering])
             await self.close_upstream()
-            # Both know this exchange, which else only a garbage collection would free.
+            # Generator and time-out lead back here: only the garbage collector would free this.
             await cast(AsyncGenerator[bytes], self.body_iterator).aclose()
             self.timeout = asyncio.timeout(None)
         if self.failure and not self.started:
@@ -2509,7 +2531,7 @@ class Exchange(StreamingResponse):
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """Send *data* in one piece; raises ClientDisconnect where the client has gone."""
         now = clock()
-        self.writing_since = min(self.writing_since, now)  # a heartbeat may be held up before it
+        self.writing_since = min(self.writing_since, now)  # a heartbeat may be held up already
         try:
             if not self.started:
                 self.started = True
@@ -2544,14 +2566,15 @@ class Exchange(StreamingResponse):
             if now >= held_up:
                 return
             if now >= silent:
-                self.silent_since = math.inf
+                # Its error follows, and no heartbeat, which would make a 200 of the status.
+                self.silent_since, self.last_write = math.inf, now
                 end_now(self.timeout)
             elif now >= beat:
                 with suppress(ClientDisconnect, TimeoutError):
                     async with asyncio.timeout(patience):
                         await self.write(self.format.heartbeat)
             else:
-                # No longer than either: a write, or a silence, may begin meanwhile.
+                # No longer than the last two: a write, or a silence, may begin meanwhile.
                 seconds = min(held_up - now, silent - now, beat - now, patience, silence)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(seconds) as self.waiting:
@@ -2723,7 +2746,7 @@ def as_failure(exc: Exception) -> Failure:
         return Failure("internal_error")
     if exc.status_code == 405:
         return Failure("method_not_allowed", headers=exc.headers)
-    known = f"for OpenAI's API there are {', '.join(V1_PATHS)}."
+    known = f"OpenAI's API is at {', '.join(V1_PATHS)}."
     return Failure("not_found", f"There is nothing at this path; {known}")
 
 
@@ -2795,7 +2818,7 @@ class GateMiddleware(CORSMiddleware):
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            # The last is what OpenAI's library wants to see in a browser.
+            # The last is for OpenAI's library in a browser.
             expose_headers=["Retry-After", "X-Request-ID", "X-Should-Retry"],
             allow_private_network=True,
         )
@@ -3020,7 +3043,7 @@ class DemoAnswer:
         return replace(self, text=text, reasoning="".join(thoughts[:limit]), finish_reason="length")
 
     def usage(self, asked: int, read: str, written: str) -> JsonObject:
-        """The tokens, under the names that the API has for those *read* and *written*."""
+        """The usage, by the API's own words for tokens *read* and *written*."""
         thoughts = len(words(self.reasoning))
         answered = thoughts + len(words(self.text))
         return {
@@ -3149,7 +3172,7 @@ def ref(name: str) -> dict[str, str]:
 
 
 class UntitledSchema(GenerateJsonSchema):
-    """Schemas without a title for each field, by which generators of clients name types."""
+    """Schemas without a title for each field: generators of clients would name types after them."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -3195,8 +3218,10 @@ def operation(
 
 
 def event_stream(data: object, example: bytes) -> dict[str, Any]:
-    """A stream by one of its events, as OpenAPI 3.2 models it in its itemSchema."""
-    line = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
+    """The schema of one event; OpenAPI 3.1 has none for a stream (3.2: itemSchema)."""
+    kinds: list[object] = [{"contentMediaType": JSON, "contentSchema": data}]
+    kinds += [{"const": "[DONE]"}] * example.endswith(END_MARK)
+    line = {"type": "string", "anyOf": kinds}
     event = {"type": "object", "properties": {"data": line}, "required": ["data"]}
     return {"schema": event, "example": example.decode()}
 
@@ -3798,13 +3823,13 @@ def create_app(settings: Settings) -> ASGIApp:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's own, with a bound on heads and trailers, right where it is odd."""
+    """uvicorn's own, with a bound on heads and trailers, and some oddities put right."""
 
     # Beside the dict: with these it would be over the 30 names whose table instances can share.
     __slots__ = ("cycles", "head_bytes", "unparsed")
 
     def connection_made(self, transport: Any) -> None:
-        # Bytes since the parser last got on, and those of the headers or trailers that it has read.
+        # Bytes since the parser made progress, and those of the headers or trailers it has read.
         self.unparsed = self.head_bytes = 0
         # The request that is answered, and those behind it, of which uvicorn knows the last.
         self.cycles: list[RequestResponseCycle] = []
@@ -3823,6 +3848,12 @@ class BoundedProtocol(HttpToolsProtocol):
             super().data_received(data)
             if self.unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The head of the request is too large.")
+
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            super().send_400_response(msg)
+        else:  # in the middle of an answer
+            self.transport.close()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.head_bytes += len(name) + len(value) + 3  # a colon and the line end

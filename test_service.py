@@ -1142,6 +1142,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         [
             *("ftp://a.example", "a.example:80", "http://", "http://a:b", "http://[/v1"),
             *("http://a.example:99999/v1", "http://a.example:0", "http://999.1.1.1/v1"),
+            *("http://192.168.1.010:11434/v1", "http://1.2", "http://."),
             *("http://é..x/v1", "http://a.example/?x=1", "http://u:p@a.example"),
             *("http://a\x7f.example", "http://a/\x85x", "http://a/\x01", "http://a/\nv1"),
             f"http://a.example/{LONG}",
@@ -2181,6 +2182,7 @@ async def test_an_upstream_that_compresses_all_the_same_is_read(shared):
         script,
         replies(200, zipped(completion("Hola")), content_encoding="gzip"),
         replies(400, zipped(refused("Too long.")), content_encoding="gzip"),
+        replies(400, b"no gzip", content_encoding="gzip"),
         replies(200, b"no gzip", content_encoding="gzip"),
     )
     async with asking(client) as wire:
@@ -2190,6 +2192,7 @@ async def test_an_upstream_that_compresses_all_the_same_is_read(shared):
     assert (await client.post("/ask", json=PLAIN)).json()["response"] == "Hola"
     body = problem(await client.post("/ask", json=PLAIN), "upstream_rejected")
     assert body["detail"] == "Too long."
+    problem(await client.post("/ask", json=PLAIN), "upstream_rejected")
     problem(await client.post("/ask", json=PLAIN), "upstream_error")
 
 
@@ -2461,6 +2464,10 @@ OPENROUTER = {"message": "Provider", "metadata": {"raw": json.dumps(refused("Too
         "OpenRouter": {"error": OPENROUTER},
         "plain text": "Too long: é".encode(),
         "Google": [{"error": {"message": "Too long: é"}}],
+        "beside a code": {"message": "Too long: é", "detail": {"error": "too_long"}},
+        "beside a trace": {"message": "Too long: é", "metadata": {"detail": "req-123"}},
+        "beside a success": {"message": "Too long: é", "base_resp": {"status_msg": "success"}},
+        "strings": {"errors": "Too long: é"},
     },
 )
 async def test_the_upstreams_own_message_is_handed_on(shared, body):
@@ -2608,6 +2615,14 @@ async def test_tries_that_hear_nothing_share_one_timeout(shared):
     begun = time.monotonic()
     assert (await client.post("/ask", json=ASK)).status_code in {502, 504}
     assert time.monotonic() - begun < 3
+
+
+@overlapping
+async def test_a_time_out_that_is_due_with_a_heartbeat_is_a_504(shared):
+    client = await shared(Call.hang, openai_timeout=0.5, heartbeat_seconds=0.5)
+    asked = [client.post("/ask", json=ASK) for _ in range(10)]
+    for response in await asyncio.gather(*asked):
+        problem(response, "upstream_timeout")
 
 
 @overlapping
@@ -5619,7 +5634,10 @@ def test_what_others_read_from_the_environment_is_refused_where_every_ask_would_
         assert Settings.from_env(dict.fromkeys(names, text)) == Settings()
 
 
-@pytest.mark.parametrize("text", ["http://a:b", "http://a:0", "http://a:99999", "socks5:x"])
+NO_PROXY = ["http://a:b", "http://a:0", "http://a:99999", "socks5:x", "10.0.0.010:9", " http://a:1"]
+
+
+@pytest.mark.parametrize("text", NO_PROXY)
 def test_a_proxy_that_is_no_address_is_refused_too(text):
     with pytest.raises(ConfigError, match=r"^HTTP_PROXY: "):
         Settings.from_env({"HTTP_PROXY": text})
@@ -6204,3 +6222,14 @@ async def test_nothing_is_kept_of_an_ask_whose_client_has_left(
                 await load(client)
     finally:
         gc.enable()
+
+
+async def test_a_record_whose_arguments_do_not_fit_harms_no_library(start, capsys):
+    await start()
+    logging.getLogger("some.library").warning("%d things", "many")
+    assert "%d things" in capsys.readouterr().err
+
+
+async def test_a_stray_end_mark_before_the_last_event_of_a_response_is_left_out(shared):
+    client = await shared(stream(BEGUN, DONE, COMPLETED, Call.end))
+    assert (await client.post(RESPONSES, json=FLOWING)).content == BEGUN + COMPLETED
