@@ -1610,19 +1610,22 @@ class ChatFold(Fold):
     def goes_on(self, block: bytes) -> int:
         """How many events *block* has, where none needs a look; 0 where one may.
 
-        So it is where each is one line of data that names one choice, or some, which goes on: no
-        end, no usage, no error. A text may hold such names too, and is then looked at for nothing.
+        So it is where each is one line of data that names one choice, which goes on: no second one
+        or list of chunks, no end, no error, no usage. Where a text holds such names, or a choice a
+        list of objects, the events are looked at for nothing.
         """
         events, odd = divmod(block.count(b"\n"), 2)
         goes_on = (
             0 in self.choices
             and not odd
             and block.count(b'"choices":[{"index":0,') == events
-            and b"data: [" not in block
-            and b'},{"index":' not in block
-            and b'"finish_reason":"' not in block
+            and b'},{"' not in block
             and b'"error' not in block
-            and b'"usage":{' not in block
+            and (
+                # As OpenAI writes it, in one look instead of two.
+                block.count(b'"finish_reason":null}],"usage":null') == events
+                or (b'"finish_reason":"' not in block and b'"usage":{' not in block)
+            )
         )
         if not goes_on:
             return 0
