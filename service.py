@@ -3867,7 +3867,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self.unparsed = self.head_bytes = 0
         super().on_headers_complete()
-        self.cycles = [each for each in self.cycles if not each.response_complete] + [self.cycle]
+        while self.cycles and self.cycles[0].response_complete:
+            self.cycles.pop(0)
+        self.cycles.append(self.cycle)
         if len(self.cycles) <= 8:  # else nothing tells that the client has left
             self.flow.resume_reading()
 
