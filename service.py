@@ -3749,7 +3749,11 @@ def raise_file_limit(asks: int) -> None:
         import resource  # Windows has none, and no such limit
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2 * asks + 200, hard)), hard))
+        wanted, endless = 2 * asks + 200, resource.RLIM_INFINITY  # which is -1 here and there
+        if hard != endless:
+            wanted = min(wanted, hard)
+        if soft != endless and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def log_start(settings: Settings) -> None:
@@ -3801,7 +3805,8 @@ def create_app(settings: Settings) -> ASGIApp:
     mask, ring = Mask(settings), EventLog(settings.log_buffer_size)
     database = LogDatabase(settings.log_database, ring) if settings.log_database else None
     configure_logging(settings.log_level, mask, ring, *([database] if database else []))
-    document = cache(lambda: json_response(openapi(settings)))  # takes 15 ms
+    # It takes 15 ms, so not before somebody asks for it, and then in Starlette's thread.
+    document = cache(lambda: json_response(openapi(settings)))
     app = Starlette(
         routes=[
             Route("/ask", ask, methods=["POST"]),

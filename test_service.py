@@ -6233,3 +6233,40 @@ async def test_a_record_whose_arguments_do_not_fit_harms_no_library(start, capsy
 async def test_a_stray_end_mark_before_the_last_event_of_a_response_is_left_out(shared):
     client = await shared(stream(BEGUN, DONE, COMPLETED, Call.end))
     assert (await client.post(RESPONSES, json=FLOWING)).content == BEGUN + COMPLETED
+
+
+FEW_FILES = """
+import resource, runpy, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@processes
+async def test_as_many_asks_as_may_come_get_their_files(tmp_path):
+    few = launched("-c", FEW_FILES, SERVICE, cwd=tmp_path, MAX_CONCURRENT_ASKS="500")
+    async with few as running:
+        await load(running.client, "/status")
+        assert resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)[0] >= 1000
+
+
+@processes
+async def test_bytes_that_are_no_http_are_never_answered_in_the_middle_of_an_answer(tmp_path):
+    async with (
+        launched(cwd=tmp_path) as running,
+        asking(running.client, {"prompt": "/long"}) as wire,
+        asyncio.timeout(60),
+    ):
+        assert events(await wire.write())
+        wire.writer.write(b"\x16\x03\x01\r\n\r\n")
+        assert b"HTTP/1.1" not in await wire.reader.read()
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"required": ["a"]}}}
+
+
+async def test_a_small_bound_of_bytes_leaves_room_for_lists_and_objects(shared):
+    client = await shared(max_body_bytes=2000)
+    asked = chat(tools=[TOOL] * 20, stop=[["a"]] * 20)
+    assert (await client.post(CHAT, json=asked)).status_code == 200
